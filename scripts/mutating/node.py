@@ -59,8 +59,8 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
-                "(status in (None, EXIT_RECYCLED) and",
-                "(status is None and",
+                "is_end = status is None or (status == EXIT_RECYCLED and (started or ready))",
+                "is_end = status is None or (status == EXIT_RECYCLED and not started)",
             ),
         ),
         (
@@ -80,58 +80,6 @@ MUTANTS = (
         (("stageflow_actors/runtime/node/history_consistency.py", "admin.forget_groups(ended).result()", "pass"),),
         (
             "tests/runtime/test_history_consistency.py::test_of_a_journal_older_than_the_history_what_has_finished_is_forgotten",
-        ),
-    ),
-    Mutant(
-        "deaths-never-forgotten",
-        "deaths count in a row though messages were settled well in between",
-        (
-            (
-                "stageflow_actors/runtime/node/exit_policy.py",
-                "        if states[0].settled:\n            self._deaths = 0\n",
-                "",
-            ),
-        ),
-        ("tests/chaos/test_pool_deaths.py::test_a_message_settled_well_makes_the_next_death_the_first_one_again",),
-    ),
-    Mutant(
-        "failed-starts-never-forgotten",
-        "failed starts count in a row though workers have worked in between",
-        (
-            (
-                "stageflow_actors/runtime/node/exit_policy.py",
-                "        if started:\n            self._failed_starts = 0\n",
-                "",
-            ),
-        ),
-        (
-            "tests/chaos/test_pool_deaths.py::test_a_worker_that_begins_something_makes_the_next_failed_start_the_first_one_again",
-        ),
-    ),
-    Mutant(
-        "no-back-off",
-        "a worker that dies repeatedly is restarted without a delay",
-        (
-            (
-                "stageflow_actors/runtime/node/exit_policy.py",
-                "        if self._deaths > 1:\n            self.back_off(self._deaths - 1, now)\n",
-                "",
-            ),
-        ),
-        ("tests/chaos/test_pool_deaths.py::test_the_first_restart_is_immediate_and_the_second_in_a_row_is_not",),
-    ),
-    Mutant(
-        "pause-of-a-pool-never-over",
-        "a resumed queue is still reported as paused by its pool",
-        (
-            (
-                "stageflow_actors/runtime/node/pool_pause.py",
-                '        self._broker.admin.set_fact(PAUSED_BY_POOL_FACT + self._queue, "no")\n',
-                "",
-            ),
-        ),
-        (
-            "tests/chaos/test_pool_deaths.py::test_a_pool_that_has_been_resumed_forgets_what_was_and_that_it_had_paused_itself",
         ),
     ),
     Mutant(
@@ -160,8 +108,8 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
-                "if expected or ending or (",
-                "if expected or (",
+                "if expected or (ending and ready):",
+                "if expected:",
             ),
         ),
         (
@@ -182,5 +130,67 @@ MUTANTS = (
             ),
         ),
         ("tests/runtime/test_worker_exit.py::test_what_handlers_have_begun_is_whole[child_that_cleans_up-stopped]",),
+    ),
+    Mutant(
+        "back-off-never-reset",
+        "a pool that could not start once waits longer each time, whatever its workers have done since",
+        (
+            (
+                "stageflow_actors/runtime/node/start_back_off.py",
+                "started_at >= self.failed_at and (settled or now - started_at >= LIVED_SECONDS)",
+                "started_at >= self.failed_at and not settled and now < 0",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_settled_message_makes_the_next_failed_start_the_first_one_again",
+            "tests/chaos/test_pool_deaths.py::test_a_worker_that_has_lived_for_a_minute_does",
+        ),
+    ),
+    Mutant(
+        "no-back-off",
+        "workers that cannot start are tried again at once",
+        (
+            (
+                "stageflow_actors/runtime/node/start_back_off.py",
+                "self.not_before = now + min(MAX_DELAY_SECONDS",
+                "self.not_before = now + min(0.0",
+            ),
+        ),
+        (
+            (
+                "tests/chaos/test_pool_deaths.py"
+                "::test_a_worker_that_cannot_start_is_tried_again_after_a_tenth_of_a_second_doubling_to_thirty"
+            ),
+            "tests/simulator/test_named_seeds.py::test_workers_that_cannot_start_are_tried_again_later_each_time",
+        ),
+    ),
+    Mutant(
+        "failing-not-reported",
+        "the broker is not told of a pool whose workers cannot start, so that nobody can ask why something waits",
+        (
+            (
+                "stageflow_actors/runtime/node/start_causes.py",
+                "            self._broker.admin.report_starts([state])\n",
+                "",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_a_pool_is_failing_while_no_worker_is_ready_and_also_during_a_try",
+            "tests/simulator/test_named_seeds.py::test_workers_that_cannot_start_are_tried_again_later_each_time",
+        ),
+    ),
+    Mutant(
+        "old-workers-hide-failing-starts",
+        "a message that an old worker settles resets the back-off of new ones that cannot start",
+        (
+            (
+                "stageflow_actors/runtime/node/start_back_off.py",
+                "if self.failures and started_at >= self.failed_at and (settled",
+                "if self.failures and (settled",
+            ),
+        ),
+        (
+            "tests/chaos/test_pool_deaths.py::test_old_workers_that_settle_messages_do_not_hide_that_new_ones_cannot_start",
+        ),
     ),
 )

@@ -35,3 +35,10 @@ SEEDS = {
 def test_a_bug_found_once_is_not_found_again(name: str) -> None:
     seed = SEEDS[name]
     simulate(seed.number, wild=seed.wild)
+
+
+def test_workers_that_cannot_start_are_tried_again_later_each_time() -> None:
+    failed = 0
+    for number in (4, 9, 14, 19):
+        failed += simulate(number, wild=False).starts.failures
+    assert failed > 20
