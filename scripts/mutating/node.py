@@ -60,7 +60,7 @@ MUTANTS = (
             (
                 "stageflow_actors/runtime/node/exit_policy.py",
                 "is_end = status is None or (status == EXIT_RECYCLED and (started or ready))",
-                "is_end = status is None or (status == EXIT_RECYCLED and not started)",
+                "is_end = status is None",
             ),
         ),
         (
