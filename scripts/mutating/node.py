@@ -170,8 +170,8 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/start_causes.py",
-                "            self._broker.admin.report_starts([state])\n",
-                "",
+                "                self._broker.admin.report_starts([state])\n",
+                "                pass\n",
             ),
         ),
         (

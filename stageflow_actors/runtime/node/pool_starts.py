@@ -30,7 +30,7 @@ class PoolStarts:
     """
 
     def __init__(self, spec: PoolSpec, context: PoolContext) -> None:
-        self._queue = spec.queue
+        self._spec = spec
         self._context = context
         self._back_off = StartBackOff()
         self._cause: StartCause | None = None
@@ -77,7 +77,7 @@ class PoolStarts:
         self._cause = cause
         self._next_start_at = time.time() + max(0.0, self._back_off.not_before - now)
         missing = max(1, target - sum(worker.lanes[0].is_ready for worker in workers))
-        self._context.causes.record(self._queue, cause, missing, self._back_off.not_before)
+        self._context.causes.record(self._spec, cause, missing, self._back_off.not_before)
         self._report(workers, now)
 
     def allow_now(self) -> None:
@@ -86,6 +86,7 @@ class PoolStarts:
 
     def replace_spec(self, spec: PoolSpec) -> None:
         """Start from the beginning: other code may not have the fault."""
+        self._spec = spec
         self._back_off.reset()
 
     def record_life(self, worker: WorkerHandle, now: float) -> None:
@@ -107,7 +108,7 @@ class PoolStarts:
                 self.record_failure(self.cause_of(worker, "it ends"), worker, target, workers, now)
         if self._cause is not None and (not target or any(map(self._is_success, workers))):
             self._cause = None
-            self._context.causes.recover(self._queue)
+            self._context.causes.recover(self._spec.queue)
         self._report(workers, now)
 
     def _is_success(self, worker: WorkerHandle) -> bool:
@@ -131,7 +132,7 @@ class PoolStarts:
         if text or self._reported:
             self._reported = bool(text)
             next_start_at = self._next_start_at if self._cause is not None else 0.0
-            self._context.causes.report(self._queue, failing, text, next_start_at if failing else 0.0)
+            self._context.causes.report(self._spec.queue, failing, text, next_start_at if failing else 0.0)
 
     def _describe_step(self, worker: WorkerHandle) -> str:
         """Return the step of the start that is not finished, and since when."""

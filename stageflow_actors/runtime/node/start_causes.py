@@ -7,6 +7,7 @@ Pools call this from their own threads. It must not decide when a pool tries aga
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -15,7 +16,8 @@ import time
 from msgspec import Struct
 
 from stageflow_actors.core.plural import pluralize
-from stageflow_brokers.api import Broker
+from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
+from stageflow_brokers.api import Broker, BrokerError
 
 __all__ = ["StartCause", "StartCauses"]
 
@@ -70,14 +72,12 @@ class _Stopped:
         return _workers_of_pools(workers, len(self.pools))
 
 
-def _warn(queue: str, cause: StartCause) -> None:
+def _warn(spec: PoolSpec, cause: StartCause) -> None:
     if not logger.isEnabledFor(logging.WARNING):
         return
     path, line, function, _ = logger.findCaller()
-    text = (
-        "workers of pool %s cannot start: %s; they are tried again, after 0.1 s and then less often, up to every 30 s"
-    )
-    arguments = (queue, cause.reason)
+    text = "%s: its workers cannot start: %s; they are tried again, after 0.1 s and then less often, up to every 30 s"
+    arguments = (spec.title, cause.reason)
     record = logger.makeRecord(logger.name, logging.WARNING, path, line, text, arguments, None, function)
     record.exc_text = cause.details or None
     logger.handle(record)
@@ -108,7 +108,8 @@ class StartCauses:
                 self._reported[queue] = state
             else:
                 del self._reported[queue]
-            self._broker.admin.report_starts([state])
+            with contextlib.suppress(BrokerError):  # the node is stopping
+                self._broker.admin.report_starts([state])
 
     def report_again(self) -> None:
         """Report all states to a broker that has restarted."""
@@ -118,8 +119,9 @@ class StartCauses:
 
     # what the user reads
 
-    def record(self, queue: str, cause: StartCause, missing: int, next_start: float) -> None:
+    def record(self, spec: PoolSpec, cause: StartCause, missing: int, next_start: float) -> None:
         """Record a failed start of a pool that lacks `missing` workers; warn of a cause that is not known yet."""
+        queue = spec.queue
         now = time.monotonic()
         with self._lock:
             key = cause.key
@@ -139,7 +141,7 @@ class StartCauses:
             known.ended_at = now
             text = known.count
         if is_new:
-            _warn(queue, cause)
+            _warn(spec, cause)
         else:
             logger.debug("%s cannot start: %s", text, cause.error)
 
