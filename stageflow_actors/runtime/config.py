@@ -40,7 +40,8 @@ class Config:
             recycled: its services are closed, `atexit` functions run, and processes that its handlers started end. It
             is killed afterwards. 0 kills it at once. Default: 5.
         start_timeout: How long `start()` and `register()` wait for workers to load their code, greater than 0; after
-            that they return without them. Default: 120 seconds.
+            that they return. A pool of which no worker has started in this time is `failing`, with the step that has
+            not ended as its reason. Default: 120 seconds.
         log_level: Least level of the records of StageFlow's own loggers, and of all loggers of a program that has not
             configured logging: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`. Default: `WARNING`, or what the
             program's logging is configured to.

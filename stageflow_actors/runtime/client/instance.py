@@ -7,6 +7,7 @@ the history.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -26,12 +27,14 @@ from stageflow_actors.errors import InstanceNotFound
 from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
 from stageflow_actors.runtime.client.reruns import cancel, restart, retry
 from stageflow_actors.runtime.client.session import Session, surrogate_error
-from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS
+from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS, describe_waits
 from stageflow_brokers.api import Arrival
 
 __all__ = ["Instance", "as_completed"]
 
 C = TypeVar("C")
+
+logger = logging.getLogger("stageflow_actors.client")
 
 
 class Instance(Generic[C]):
@@ -308,6 +311,7 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
         completion.watch()
     yielded: set[str] = set()
     deadline = None if timeout is None else time.monotonic() + timeout
+    note_at = time.monotonic() + NOTE_SECONDS
     while len(yielded) < len(waiting):
         event.clear()
         while settled:
@@ -324,7 +328,14 @@ def as_completed(instances: Iterable[Instance[C]], timeout: float | None) -> Ite
                 raise TimeoutError(
                     f"{pluralize(len(waiting) - len(yielded), 'instance')} had not ended after {timeout:g} s"
                 )
-            event.wait(min(remaining, WAIT_SECONDS))
+            if event.wait(min(remaining, WAIT_SECONDS)):
+                note_at = time.monotonic() + NOTE_SECONDS
+            elif time.monotonic() >= note_at:
+                pending = [instance for instance in waiting if instance.id not in yielded]
+                text, is_held = describe_waits(pending[0]._completion.session, [instance.id for instance in pending])
+                note_at = float("inf") if is_held else time.monotonic() + NOTE_SECONDS
+                if is_held:
+                    logger.warning("no instance has ended for %g s: %s", NOTE_SECONDS, text)
 
 
 def _send_signal(session: Session, instance_id: str, name: str, payload: Any) -> None:

@@ -19,7 +19,7 @@ from stageflow_actors.runtime.node.worker_handle import WorkerHandle
 
 __all__ = ["PoolStarts"]
 
-SLOW_SECONDS = 5.0
+SLOW_SECONDS = 2.0
 """Time after which a pool without a ready worker is reported as starting, with the step that is not finished."""
 
 
