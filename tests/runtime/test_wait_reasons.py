@@ -66,7 +66,7 @@ SINGLE: list[tuple[str, list[dict[str, Any]], list[Any], str | None]] = [
         "failing and paused",
         [message()],
         [queue(state="paused", consumers=0, reason="no money")],
-        f"queue {QUEUE}, which is paused: `stageflow queue resume {QUEUE}` resumes it; the workers of stage 'pay' cannot",
+        f"queue {QUEUE}, which is paused: `stageflow queue resume {QUEUE}` resumes it; the workers of stage 'pay' can",
     ),
     (
         "starting",
