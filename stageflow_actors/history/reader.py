@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from stageflow_actors.core.tracebacks.references import find_references, with_tracebacks
 from stageflow_actors.history.errors import HistoryDamaged, typed_errors
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.history.schema import COLUMNS, META_PRUNED, connect
@@ -21,6 +22,7 @@ __all__ = ["HistoryReader"]
 Rows = list[Any]  # in the class, `list` is a method
 Findings = list[str]
 HistoryRows = list[HistoryRow]
+Digests = list[bytes]
 
 _ROWS_PER_QUERY = 500  # old builds of SQLite allow 999 variables in a query
 
@@ -49,7 +51,7 @@ class HistoryReader:
     def get(self, instance_id: str) -> HistoryRow | None:
         """Return the row of an instance, or None if it has not finished or was pruned."""
         rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id = ?", (instance_id,))
-        return HistoryRow._make(rows[0]) if rows else None
+        return self._rows_of(rows)[0] if rows else None
 
     def get_many(self, instance_ids: Iterable[str]) -> dict[str, HistoryRow]:
         """Return the rows of the finished instances among `instance_ids`, by id."""
@@ -59,7 +61,7 @@ class HistoryReader:
             chunk = wanted[start : start + _ROWS_PER_QUERY]
             marks = ",".join("?" * len(chunk))
             rows = self._query(f"SELECT {COLUMNS} FROM instance WHERE instance_id IN ({marks})", chunk)
-            found.update((row[0], HistoryRow._make(row)) for row in rows)
+            found.update((row.instance_id, row) for row in self._rows_of(rows))
         return found
 
     def exists(self, instance_id: str) -> bool:
@@ -77,7 +79,7 @@ class HistoryReader:
         rows = self._query(
             f"SELECT {COLUMNS} FROM instance{conditions} ORDER BY seq DESC LIMIT ?", [*parameters, limit]
         )
-        return [HistoryRow._make(row) for row in rows]
+        return self._rows_of(rows)
 
     def iterate(self, status: str | None = None, workflow: str | None = None) -> Iterator[HistoryRow]:
         """Yield all rows with that status and workflow id, in the order in which they were written."""
@@ -89,8 +91,7 @@ class HistoryReader:
                 f"SELECT seq, {COLUMNS} FROM instance{conditions} seq > ? ORDER BY seq LIMIT ?",
                 [*parameters, last, _ROWS_PER_QUERY],
             )
-            for row in rows:
-                yield HistoryRow._make(row[1:])
+            yield from self._rows_of([row[1:] for row in rows])
             if len(rows) < _ROWS_PER_QUERY:
                 return
             last = rows[-1][0]
@@ -161,6 +162,22 @@ class HistoryReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _rows_of(self, found: Rows) -> HistoryRows:
+        """Return rows with the tracebacks to which their outcomes refer."""
+        rows = [HistoryRow._make(row) for row in found]
+        for at, row in enumerate(rows):
+            digests = find_references(row.outcome)
+            if digests:
+                rows[at] = row._replace(outcome=with_tracebacks(row.outcome, self._tracebacks(digests)))
+        return rows
+
+    def _tracebacks(self, digests: Digests) -> dict[bytes, bytes]:
+        if not self._query("SELECT 1 FROM sqlite_schema WHERE name = 'traceback'", ()):
+            return {}  # the outcome holds user data that looks like a reference
+        wanted = digests[:_ROWS_PER_QUERY]
+        marks = ",".join("?" * len(wanted))
+        return dict(self._query(f"SELECT digest, packed FROM traceback WHERE digest IN ({marks})", wanted))
 
     def _query(self, statement: str, parameters: Iterable[Any]) -> Rows:
         with self._lock, typed_errors(self.path):

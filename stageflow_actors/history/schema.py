@@ -24,6 +24,7 @@ __all__ = [
     "META_JOURNAL",
     "META_PRUNED",
     "META_WRITTEN",
+    "TRACEBACKS",
     "connect",
     "create",
     "has_log",
@@ -38,6 +39,15 @@ COLUMNS = (
     "instance_id, epoch, workflow_id, version, status, started_at, finished_at, error, failed_stage, digest, outcome"
 )
 """The columns in the order of `HistoryRow`."""
+
+TRACEBACKS = """
+CREATE TABLE IF NOT EXISTS traceback (
+    digest BLOB PRIMARY KEY, packed BLOB NOT NULL, written_at REAL NOT NULL
+) WITHOUT ROWID
+"""
+"""The tracebacks to which outcomes refer; `written_at` is the time of the latest such row.
+
+The writer creates the table for the first one. A release that does not know it reads and writes the other rows."""
 
 META_PRUNED = "pruned"
 """Key in `meta`: rows that finished before this time (seconds since the Unix epoch) may be pruned."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from stageflow_actors.history.schema import (
     META_JOURNAL,
     META_PRUNED,
     META_WRITTEN,
+    TRACEBACKS,
     connect,
     create,
     make_private,
@@ -53,6 +55,10 @@ INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded
 WHERE CAST(excluded.value AS REAL) > CAST(value AS REAL)
 """
 
+_TRACEBACK = """
+INSERT INTO traceback VALUES (?, ?, ?)
+ON CONFLICT (digest) DO UPDATE SET written_at = max(written_at, excluded.written_at)
+"""
 
 _WRITTEN = """
 INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
@@ -133,8 +139,10 @@ class HistoryWriter:
             remaining -= len(rows)
             last = rows[-1][0]
 
-    def write(self, rows: Iterable[HistoryRow]) -> None:
+    def write(self, rows: Iterable[HistoryRow], tracebacks: Mapping[bytes, bytes] | None = None) -> None:
         """Store `rows` durably. A row replaces that of the same instance unless the latter has a higher epoch.
+
+        `tracebacks` are those to which the outcomes refer, by digest.
 
         A transaction has at most 2,000 rows. Raises `HistoryUnavailable` if the disk is full: nothing of the failed
         transaction is stored, and all rows may be written again.
@@ -142,7 +150,7 @@ class HistoryWriter:
         remaining = iter(rows)
         while batch := list(islice(remaining, ROWS_PER_TRANSACTION)):
             written = self._written + len(batch)
-            self._transact(_UPSERT, batch, written)
+            self._transact(_UPSERT, batch, written, tracebacks)
             self._written = written
 
     def prune(self, older_than: float, *, limit: int | None = None) -> int:
@@ -168,7 +176,16 @@ class HistoryWriter:
             self._transact("DELETE FROM instance WHERE seq = ?", old)
             deleted += len(old)
             after = batch[-1][0]
+        if deleted and limit is None:
+            self._prune_tracebacks(older_than)
         return deleted
+
+    def _prune_tracebacks(self, older_than: float) -> None:
+        """Delete the tracebacks of rows that are older; an old row that is left loses its own."""
+        with typed_errors(self.path):
+            known = self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'traceback'").fetchall()
+        if known:
+            self._transact("DELETE FROM traceback WHERE written_at < ?", [(older_than,)])
 
     def vacuum(self) -> None:
         """Rewrite the file without unused space, and empty the log. Needs free disk space of the size of the file."""
@@ -204,8 +221,9 @@ class HistoryWriter:
     def _transact(
         self,
         statement: str,
-        parameters: list[HistoryRow] | list[tuple[int]] | list[tuple[str, str]],
+        parameters: list[HistoryRow] | list[tuple[int]] | list[tuple[float]] | list[tuple[str, str]],
         written: int | None = None,
+        tracebacks: Mapping[bytes, bytes] | None = None,
     ) -> None:
         connection = self._connection
         # SQLite continues to write to a file that was deleted, and the rows would be lost when it is closed.
@@ -219,6 +237,11 @@ class HistoryWriter:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 connection.executemany(statement, parameters)
+                if tracebacks:
+                    # Not the time of these rows: the next ones may refer to the same tracebacks.
+                    now = time.time()
+                    connection.execute(TRACEBACKS)
+                    connection.executemany(_TRACEBACK, [(*one, now) for one in tracebacks.items()])
                 if written is not None:
                     connection.execute(_WRITTEN, (META_WRITTEN, str(written)))
                 connection.execute("COMMIT")

@@ -13,7 +13,10 @@ import msgspec
 
 __all__ = [
     "MAX_TRACEBACK_BYTES",
+    "Entries",
     "compensation_place",
+    "decode_table",
+    "encode_table",
     "merge_tracebacks",
     "pack_traceback",
     "read_traceback",
@@ -27,11 +30,11 @@ MAX_TRACEBACK_BYTES = 16 << 10
 MAX_TABLE_BYTES = 256 << 10
 """Limit of the table of one instance; the tracebacks kept first are dropped first."""
 
-_Entries = list[tuple[bytes, list[str]]]
+Entries = list[tuple[bytes, list[str]]]
 """Each distinct packed traceback, with the places that have it."""
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Entries).decode
+_decode = msgspec.msgpack.Decoder(Entries).decode
 
 
 def compensation_place(stage_id: str) -> str:
@@ -58,21 +61,21 @@ def with_traceback(table: bytes | None, place: str, packed: bytes | None) -> byt
     """Return the table with this traceback for a place; None removes one."""
     if packed is None and table is None:
         return None
-    entries = [(known, [one for one in places if one != place]) for known, places in _entries_of(table)]
+    entries = [(known, [one for one in places if one != place]) for known, places in decode_table(table)]
     if packed is not None:
         places = next((places for known, places in entries if known == packed), None)
         if places is None:
             entries.append((packed, [place]))
         else:
             places.append(place)
-    return _table_of(entries)
+    return encode_table(entries)
 
 
 def merge_tracebacks(table: bytes | None, other: bytes | None) -> bytes | None:
     """Return the table with the tracebacks of another one."""
     if other is None or other == table:
         return table
-    for packed, places in _entries_of(other):
+    for packed, places in decode_table(other):
         for place in places:
             table = with_traceback(table, place, packed)
     return table
@@ -81,13 +84,14 @@ def merge_tracebacks(table: bytes | None, other: bytes | None) -> bytes | None:
 def read_tracebacks(table: bytes | None) -> dict[str, str]:
     """Return the text of each traceback, by place."""
     found: dict[str, str] = {}
-    for packed, places in _entries_of(table):
+    for packed, places in decode_table(table):
         text = read_traceback(packed) or ""
         found.update(dict.fromkeys(places, text))
     return found
 
 
-def _entries_of(table: bytes | None) -> _Entries:
+def decode_table(table: bytes | None) -> Entries:
+    """Return the entries of a table; none of a damaged one."""
     if table is None:
         return []
     try:
@@ -96,7 +100,8 @@ def _entries_of(table: bytes | None) -> _Entries:
         return []
 
 
-def _table_of(entries: _Entries) -> bytes | None:
+def encode_table(entries: Entries) -> bytes | None:
+    """Return a table within its limit, or None for an empty one."""
     kept = [(packed, places) for packed, places in entries if places]
     while sum(len(packed) for packed, _ in kept) > MAX_TABLE_BYTES:
         del kept[0]

@@ -26,6 +26,7 @@ from stageflow_actors.core.failures import describe_error, read_failure, write_f
 from stageflow_actors.core.plan import CANCELLED, TIMEOUT, Naming, WorkflowPlan
 from stageflow_actors.core.plan import DEAD as DEAD_EVENT
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, Transition
+from stageflow_actors.core.tracebacks.references import refer_to_tracebacks
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryMissing, HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
@@ -109,6 +110,7 @@ class Coordinator(pykka.ThreadingActor):
         self._fail = fail
         self._pending: list[tuple[DeliveryItem, HistoryRow]] = []
         self._pending_since = 0.0
+        self._tracebacks: dict[bytes, bytes] = {}
         self._retry_at = 0.0
         self._batch_rows = MAX_ROWS
         self._pruned_at = time.monotonic()
@@ -152,7 +154,7 @@ class Coordinator(pykka.ThreadingActor):
         parked: list[SettleItem] = []
         for item, body in zip(batch.items, batch.bodies, strict=True):
             try:
-                rows.append((item, _history_row(item, body)))
+                rows.append((item, _history_row(item, body, self._tracebacks)))
             except (msgspec.MsgspecError, ValueError) as error:
                 logger.error("the outcome of instance %r is invalid and is parked: %s", item.group, error)
                 parked.append(_park(item, error))
@@ -167,7 +169,7 @@ class Coordinator(pykka.ThreadingActor):
         rows = [row for _, row in batch]
         failpoint("coordinator.before-history")
         try:
-            self._history.write(rows)
+            self._history.write(rows, self._tracebacks)
         except HistoryMissing as error:
             self._fail(error)
         except HistoryUnavailable as error:
@@ -179,6 +181,7 @@ class Coordinator(pykka.ThreadingActor):
             self._batch_rows = max(1, len(batch) // 2)
             return
         failpoint("coordinator.history-written")
+        self._tracebacks.clear()
         del self._pending[: len(batch)]
         self._batch_rows = min(MAX_ROWS, 2 * self._batch_rows)
         self._pending_since = time.monotonic()
@@ -249,8 +252,11 @@ def _park(item: DeliveryItem, error: Exception) -> SettleItem:
     return SettleItem([(item.id, item.lease)], DEAD_LETTER, [], 0.0, write_failure(reason))
 
 
-def _history_row(item: DeliveryItem, body: bytes) -> HistoryRow:
-    """Return the history's row of a finished instance. Raises `ValueError` for one that the history cannot hold."""
+def _history_row(item: DeliveryItem, body: bytes, tracebacks: dict[bytes, bytes]) -> HistoryRow:
+    """Return the history's row of a finished instance; add the tracebacks to which it refers to `tracebacks`.
+
+    Raises `ValueError` for an instance that the history cannot hold.
+    """
     outcome = decode_outcome(body)
     if outcome.status in FAILED_STATUSES:
         log_failed_instance(item.group, outcome)
@@ -258,6 +264,10 @@ def _history_row(item: DeliveryItem, body: bytes) -> HistoryRow:
         raise ValueError(f"it has no instance id, or an invalid version ({outcome.version})")
     if not math.isfinite(outcome.started_at) or not math.isfinite(outcome.finished_at):
         raise ValueError(f"it has an invalid time (started at {outcome.started_at}, finished at {outcome.finished_at})")
+    if outcome.tracebacks is not None:
+        outcome.tracebacks, texts = refer_to_tracebacks(outcome.tracebacks)
+        tracebacks.update(texts)
+        body = encode(outcome)
     return HistoryRow(
         item.group,
         item.epoch,
