@@ -205,6 +205,8 @@ REFUSED = {
     "NumPy": b"\x93NUMPY\x01\0v\0{'descr': '<i8'}",
     "pickle": pickle.dumps(ROWS),
     "pickle ": pickle.dumps({"id": 1}, protocol=2),
+    "pickle  ": pickle.dumps(ROWS, protocol=0),
+    "text sequence": b'\x1e{"id": 1}\n\x1e{"id": 2}\n',
     "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
     "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF",
     "PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
@@ -221,6 +223,9 @@ REFUSED = {
     "YAML ": b"id: 1\nv: 2\n",
     "TOML": b"[orders]\nid = 1\n",
     "TOML ": b"[[orders]]\nid = 1\n",
+    "TOML  ": b'title = "orders"\n[orders]\nid = 1\n',
+    "psql": b" id | v \n----+---\n  1 | 2\n(1 row)\n",
+    "mysql": b"+----+---+\n| id | v |\n+----+---+\n|  1 | 2 |\n",
     "json.dumps": b"{'id': 1, 'v': None}\n{'id': 2, 'v': None}\n",
     "json.dumps ": b"[{'id': 1}, {'id': 2}]\n",
     "SQL": b"INSERT INTO orders VALUES (1, 2);\n",
@@ -229,6 +234,7 @@ REFUSED = {
     "zero bytes": bytes(5000),
     "binary data": bytes(range(1, 256)) * 4,
     "begins with 'Dear reader'": b"Dear reader\nthere is no order today.\n",
+    "begins with 'Hello, world'": b"Hello, world\nThis is, text\n",
     "begins with 'Gr\\xfc\\xdfe'": b"Gr\xfc\xdfe\nund Kuesse\n",
     "a number": b"1\n2\n3\n",
     "a string": b'"a"\n"b"\n',
@@ -239,7 +245,7 @@ REFUSED = {
 }
 
 
-MAY_BE_A_TABLE = {"YAML ", "TOML", "TOML ", "SQL", "a number", "a string", "null"}
+MAY_BE_A_TABLE = {"pickle  ", "YAML ", "TOML", "TOML ", "TOML  ", "SQL", "a number", "a string", "null"}
 """Texts that may be a table of one column, which a file named .csv is."""
 
 
@@ -314,7 +320,7 @@ def test_a_bad_element_is_refused_with_its_line_and_the_others_are_read(tmp_path
     path = tmp_path / "orders.json"
     path.write_bytes(
         b'[\n{"id": 1},\nnull,\n{"id": "\xff"},\n{"id": 99999999999999999999991},\n'
-        b'{"id": 5,\n "id": 6},\n7,\n{"id": 8}]'
+        b'{"id": 5,\n "id": 6},\n7,\n{"id": 8},\n{"id": ' + b"1" * 5_000 + b"}]"
     )
     found, refused = read(path)
     assert found == [("orders.json:1", {"id": 1}), ("orders.json:7", {"id": 8})]
@@ -324,6 +330,7 @@ def test_a_bad_element_is_refused_with_its_line_and_the_others_are_read(tmp_path
         (4, "(line 5)"),
         (5, "(line 6)"),
         (6, "(line 8)"),
+        (8, "(line 10)"),
     ]
 
 

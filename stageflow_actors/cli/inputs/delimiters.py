@@ -44,7 +44,7 @@ def plain_delimiter(lines: Sequence[str]) -> str | None:
         if not _is_even(_widths(lines, delimiter)):
             continue
         names = next(csv.reader(lines[:1], delimiter=delimiter))
-        if len(set(names)) == len(names) and all(_COLUMN_NAME.fullmatch(name.strip()) for name in names):
+        if len(set(names)) == len(names) and all(_COLUMN_NAME.fullmatch(name) for name in names):
             return delimiter
     return None
 

@@ -68,6 +68,8 @@ def not_utf8(text: bytes) -> str:
 
 
 def _with_nan(text: bytes) -> Any:
+    if _MAYBE_WIDE.search(text):
+        _refuse_wide_integers(text)
     if _NO_JSON_NUMBER.search(text):
         try:
             return json.loads(text)
@@ -100,6 +102,8 @@ def _refuse_wide_integers(text: bytes) -> None:
         found: list[tuple[str, Any]] = [("", json.loads(text, parse_int=_integer))]
     except RecursionError:
         raise NotAContext("is nested too deeply") from None
+    except ValueError:
+        return  # it is not valid for another reason
     while found:
         path, value = found.pop()
         if isinstance(value, dict):

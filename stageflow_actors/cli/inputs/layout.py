@@ -12,7 +12,7 @@ import click
 from stageflow_actors.cli.inputs.delimiters import announced, best_delimiter, plain_delimiter
 from stageflow_actors.cli.inputs.json_elements import BrokenJson, Element, elements
 from stageflow_actors.cli.inputs.json_text import NotAContext, kind_of, loads
-from stageflow_actors.cli.inputs.other_kinds import named_binary, named_text, other_encoding
+from stageflow_actors.cli.inputs.other_kinds import named_binary, named_page, named_text, other_encoding
 from stageflow_actors.cli.inputs.source import HEAD_BYTES, Source
 
 __all__ = ["BOM", "Form", "Layout", "layout_of"]
@@ -100,9 +100,12 @@ class _Head:
         if json is not None:
             return json._replace(ending=self._ending)
         # A page of HTML is often saved under the name of the table that was asked for.
-        other = named_text(self._begin)
-        if self._rows_by_name is not None and (other is None or not self._begin.startswith((b"<", b"--"))):
+        other = named_page(self._begin)
+        if other is not None:
+            raise self._refused(*other)
+        if self._rows_by_name is not None:
             return self._rows(self._rows_by_name)
+        other = named_text(self._begin)
         if any(_is_object(line) for line in self._lines()):
             return Layout(Form.LINES, self._ending)
         self._wait()
@@ -147,7 +150,7 @@ class _Head:
             raise self._refused("JSON with an array on each line", "write an object per line")
         found, broken = self._elements(array=True)
         kinds = [_kind(element.text) for element in found]
-        if dict in kinds or (not kinds and broken is None):
+        if dict in kinds or _NO_JSON_KIND in kinds or (not kinds and broken is None):
             return Layout(Form.ARRAY)
         self._wait()
         if kinds:
@@ -221,6 +224,7 @@ class _Head:
 
 
 _NO_JSON = object()
+_NO_JSON_KIND = type(_NO_JSON)
 
 
 def _value_of(text: bytes) -> object:

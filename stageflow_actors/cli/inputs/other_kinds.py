@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["named_binary", "named_text", "other_encoding"]
+__all__ = ["named_binary", "named_page", "named_text", "other_encoding"]
 
 _OTHER_BOMS = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -45,6 +45,7 @@ _MAGIC = (
     (b"BZh", "a bzip2 file", f"{_UNPACK} (bzcat)"),
     (b"\xfd7zXZ\0", "an xz file", f"{_UNPACK} (xzcat)"),
     (b"\x04\x22\x4d\x18", "an lz4 file", f"{_UNPACK} (lz4cat)"),
+    (b"\x1e{", "a JSON text sequence", "remove the record separators (tr -d '\\036')"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it"),
 )
@@ -52,21 +53,21 @@ _MAGIC = (
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _WORKBOOK_PARTS = (b"[Content_Types].xml", b"_rels/", b"docProps/", b"xl/")
-_PICKLE = re.compile(rb"\x80[\x02-\x05](\x95.{8})?[\x28-\x7e\x80-\x9b]", re.DOTALL)
+_PICKLE = re.compile(rb"\x80[\x02-\x05](\x95.{8})?[\x28-\x7e\x80-\x9b]|\([ld]p\d+\n", re.DOTALL)
 _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\v\f\r\x1b")
 
 _MARKUP = re.compile(rb"<(\?xml|!doctype|!--|[a-z][\w:-]*[\s/>])", re.IGNORECASE)
-_SECTION = re.compile(rb"\[\[?[A-Za-z_][\w .:\"'-]*\]\]?[ \t]*(#.*)?\r?$", re.MULTILINE)
+_PRINTED_TABLE = re.compile(rb"(\+-[-+]*\+|[^\n]*\|[^\n]*\r?\n[ |+:-]*--[ |+:-]*)\r?\n")
+_SETTING = re.compile(rb"[A-Za-z_][\w.-]*[ \t]*=[ \t]*\S")
+_SECTION = re.compile(rb"^\[\[?[A-Za-z_][\w .:\"'-]*\]\]?[ \t]*(#.*)?\r?$", re.MULTILINE)
 _PYTHON_LITERAL = re.compile(rb"\[?\s*\{\s*('|\w+\s*:)")
+_YAML_ADVICE = (
+    "YAML",
+    "convert it to JSON (python -c 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))')",
+)
 _YAML_LINE = rb"(?:- +)?[A-Za-z_\"'][\w \"'.-]*:(?: [^\n]*)?\r?$"
 _YAML = re.compile(
-    rb"(?:---|%YAML)(?:[ \t\r\n]|$)|(?:"
-    + _YAML_LINE
-    + rb")\s+(?:"
-    + _YAML_LINE
-    + rb"|- )|- [^\n]*\s+(?:- |"
-    + _YAML_LINE
-    + rb")",
+    rb"(?:" + _YAML_LINE + rb")\s+(?:" + _YAML_LINE + rb"|- )|- [^\n]*\s+(?:- |" + _YAML_LINE + rb")",
     re.MULTILINE,
 )
 _SQL = re.compile(rb"(--\s|insert\s+into\s|create\s+table\s|copy\s+\S+\s*\(|begin;|set\s+\S+\s*=)", re.IGNORECASE)
@@ -90,7 +91,7 @@ def named_binary(head: bytes) -> tuple[str, str] | None:
         return "a tar archive", "unpack it"
     if _PICKLE.match(head):
         return "a Python pickle", f"{_TABLE}; a pickle is never loaded"
-    begin = head[:1024]
+    begin = head[:1024].removesuffix(b"\x1a")  # the end of a file of CP/M and DOS
     if begin and not begin.strip(b"\0"):
         return "a file of zero bytes", "was it copied completely?"
     if b"\0" in begin:
@@ -110,20 +111,22 @@ def _with_zero_bytes(begin: bytes) -> tuple[str, str]:
     return "binary data", _TABLE
 
 
-def named_text(text: bytes) -> tuple[str, str] | None:
-    """Return the kind of a text of another format, and what to do with it; None for a text of unknown format."""
+def named_page(text: bytes) -> tuple[str, str] | None:
+    """Return the kind of a text that is no table, whatever its name is; None for what may be a table."""
     if _MARKUP.match(text):
         html = re.search(rb"<(!doctype\s+)?html", text[:2048], re.IGNORECASE) is not None
         return ("an HTML page", "was it downloaded without logging in?") if html else ("XML", _TABLE)
-    if _SECTION.match(text):
+    if _PRINTED_TABLE.match(text):
+        return "a table as psql and mysql print it", "export it as CSV (psql --csv, mysql --batch)"
+    return _YAML_ADVICE if text.startswith((b"---", b"%YAML")) else None
+
+
+def named_text(text: bytes) -> tuple[str, str] | None:
+    """Return the kind of a text of another format, and what to do with it; None for a text of unknown format."""
+    if _SECTION.match(text) or (_SETTING.match(text) and _SECTION.search(text)):
         return "an INI or TOML file", _TABLE
     if _PYTHON_LITERAL.match(text):
         return "dicts as Python or JavaScript prints them, not JSON", "write them with json.dumps()"
     if _YAML.match(text):
-        return (
-            "YAML",
-            "convert it to JSON (python -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), …)')",
-        )
-    if _SQL.match(text):
-        return "SQL", _TABLE
-    return None
+        return _YAML_ADVICE
+    return ("SQL", _TABLE) if _SQL.match(text) else None
