@@ -26,6 +26,7 @@ _PACKAGE = str(Path(stageflow_actors.__file__).parent) + os.sep
 
 def load(target: str, *kinds: type[Any]) -> Any:
     """Return the object that `target` names, an instance of one of `kinds`. Raises `click.UsageError`."""
+    from stageflow_actors.definition.guesses import closest
     from stageflow_actors.definition.workflow import workflow_of
 
     wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -42,14 +43,15 @@ def load(target: str, *kinds: type[Any]) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
+            fitting = [each for each, value in vars(module).items() if isinstance(value, kinds)]
+            meant = closest(name, fitting)
+            hint = f" (did you mean {module_name}:{meant}?)" if meant else ""
             raise click.UsageError(
-                f"there is no {name!r} in {module_name}: {_choices(module_name, module, kinds)}"
+                f"there is no {name!r} in {module_name}{hint}: {_choices(module_name, module, kinds)}"
             ) from None
     found = workflow_of(found)
     if not isinstance(found, kinds):
-        raise click.UsageError(
-            f"{target} is {_a(type(found).__name__)}, not a {wanted}: {_choices(module_name, module, kinds)}"
-        )
+        raise click.UsageError(f"{target} is {_kind_of(found)}, not a {wanted}: {_choices(module_name, module, kinds)}")
     return found
 
 
@@ -76,9 +78,12 @@ def _module(name: str) -> ModuleType:
 
 
 def _from_path(path: Path) -> ModuleType:
+    from stageflow_actors.definition.guesses import closest
+
     path = path.absolute()
     if not path.is_file():
-        raise click.UsageError(f"no file {path}")
+        meant = closest(path.name, [each.name for each in path.parent.glob("*.py")])
+        raise click.UsageError(f"no file {path}" + (f": did you mean {meant}?" if meant else ""))
     name = path.stem
     if path.suffix != ".py" or not name.isidentifier():
         raise click.UsageError(
@@ -142,6 +147,10 @@ def _choices(module_name: str, module: ModuleType, kinds: tuple[type[Any], ...])
         if isinstance(value, kinds)
     ]
     return f"it has {', '.join(found)}" if found else f"it has no {' or '.join(kind.__name__ for kind in kinds)}"
+
+
+def _kind_of(found: Any) -> str:
+    return "a class" if isinstance(found, type) else _a(type(found).__name__)
 
 
 def _a(word: str) -> str:

@@ -169,7 +169,11 @@ class Lines:
             value = context.get(self._key)
             if value is None or value == "" or isinstance(value, (dict, list)):
                 what = "has no" if value is None else "has an empty" if value == "" else "has no plain"
-                self._refuse(number, f"{what} {self._key!r}, the field of --key that holds the instance's id")
+                from stageflow_actors.definition.guesses import closest  # slow to import, and only mistakes need it
+
+                meant = closest(self._key, context) if value is None else None
+                hint = f" (did you mean {meant!r}?)" if meant else ""
+                self._refuse(number, f"{what} {self._key!r}{hint}, the field of --key that holds the instance's id")
                 return None
             if isinstance(value, float):
                 # Many ids become the float 1e23, and 1.10 becomes 1.1.

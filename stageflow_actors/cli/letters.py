@@ -72,9 +72,9 @@ class LetterFilter:
 def queues_with_letters(attached: Attached, queue: str) -> list[tuple[str, int]]:
     """Return the queues with dead letters and their numbers, or only that of `queue`."""
     name = queue.removeprefix(DLQ_PREFIX)
+    if name:
+        attached.check_queue(name)
     queues = attached.wait(attached.admin.stats(name))["queues"]
-    if name and not any(each["name"] == name for each in queues):
-        raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` lists them all")
     return [(each["name"], each["dead"]) for each in queues if each["dead"] and name in ("", each["name"])]
 
 

@@ -33,6 +33,9 @@ Guess = Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]
 """Returns the arguments that are meant, from those that were given; None if that is not plain."""
 
 _COMMON = {
+    "data": "data_dir",
+    "data_directory": "data_dir",
+    "default_workers": "default_actors",
     "depends_on": "after",
     "max_attempts": "retry",
     "max_retries": "retry",
@@ -46,6 +49,7 @@ _COMMON = {
     "stage_id": "id",
     "time_limit": "timeout",
     "undo": "compensation",
+    "max_workers": "actors",
     "workers": "actors",
 }
 """Names of stage options in other systems, and ours."""
@@ -86,7 +90,8 @@ def adapts(shape: str, guess: Guess | None = None) -> Callable[[F], F]:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", problem)
             likely = None if unknown is None else closest(unknown[1], inspect.signature(function).parameters)
             hint = "" if likely is None else f" (did you mean {likely!r}?)"
-            raise WorkflowDefinitionError(f"{_problem(problem)}{hint}: write {shape}")
+            options = "" if unknown is None or likely else _options_of(function)
+            raise WorkflowDefinitionError(f"{_problem(problem)}{hint}: write {shape}{options}")
 
         return checked  # type: ignore[return-value]
 
@@ -151,6 +156,14 @@ def delay_arguments(self: Any, *args: Any, **options: Any) -> tuple[tuple[Any, .
     if not args and set(options) == {"duration"}:
         return (self, _free_id(self, "delay")), options
     return None
+
+
+def _options_of(function: Callable[..., Any]) -> str:
+    """Return the keyword arguments that a function takes, for an error."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    names = [each.name for each in parameters if each.kind in kinds and each.name not in ("self", "cls")]
+    return f"; the arguments are {', '.join(names)}" if names else ""
 
 
 def _free_id(workflow: Any, kind: str) -> str:

@@ -130,6 +130,11 @@ def test_a_filter_without_a_match_says_what_it_looked_for(stageflow: Stageflow, 
     assert (code, out, err) == (0, "", "no instances of workflow 'orders' with status parked\n")
 
 
+def test_a_signal_to_an_instance_that_has_ended_says_how_it_ended(stageflow: Stageflow, data: Path) -> None:
+    answer = stageflow("instances", "signal", "back", "approval", "--data", data)
+    assert answer == (1, "", "stageflow: no live instance has the id 'back': it has ended (compensated)\n")
+
+
 def test_show_prints_how_a_finished_instance_ended(stageflow: Stageflow, data: Path) -> None:
     code, out, _ = stageflow("instances", "show", "back", "--data", data, "--output", "json")
     shown = json.loads(out)

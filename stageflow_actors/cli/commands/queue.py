@@ -116,11 +116,11 @@ def stats_of_queues(name: str, prefix: str, seconds: float, data: Path, output: 
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
+        if name:
+            attached.check_queue(name)
         rows = _rates(attached, name or prefix, seconds if attached.live else 0.0)
     if name:
         rows = [row for row in rows if row["name"] == name]
-        if not rows:
-            raise click.ClickException(f"no queue is named {name!r}; `stageflow queue list` lists them all")
     columns = (*COLUMNS, Column("delivered", count, right=True), Column("settled", count, right=True), RATE)
     emit(rows, columns, output, empty=_no_queues(prefix))
 
@@ -187,6 +187,7 @@ def peek(name: str, limit: int, offset: int, data: Path, output: str) -> None:
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data) as attached:
+        attached.check_queue(name)
         rows = [message_row(found) for found in attached.wait(attached.admin.peek(name, offset, limit))]
     emit(rows, MESSAGES, output, empty=f"no message is ready in {name}")
 
@@ -207,6 +208,7 @@ def pause(name: str, data: Path) -> None:
     from stageflow_actors.runtime.messaging.pauses import pause
 
     with attach(data, write=True) as attached:
+        attached.check_queue(name)
         pause(lambda operation: attached.wait(operation(attached.admin)), name)
     click.echo(f"{name} is paused; `stageflow queue resume {name}` delivers again", err=True)
 
@@ -225,6 +227,7 @@ def resume(name: str, data: Path) -> None:
     from stageflow_actors.runtime.client.attach import attach
 
     with attach(data, write=True) as attached:
+        attached.check_queue(name)
         attached.wait(attached.admin.resume(name))
     click.echo(f"{name} is open", err=True)
 
@@ -245,6 +248,7 @@ def purge(name: str, yes: bool, data: Path) -> None:
 
     check_confirmed(f"delete all ready messages of {name}", yes)
     with attach(data, write=True) as attached:
+        attached.check_queue(name)
         answer = attached.wait(attached.admin.purge(name, []), timeout=60.0)
     click.echo(
         f"{pluralize(answer['purged'], 'message')} of {pluralize(len(answer['instances']), 'instance')} deleted",

@@ -48,7 +48,9 @@ def signal(instance_id: str, name: str, text: str, data: Path) -> None:
     with attach(data, write=True) as attached:
         group = attached.wait(attached.admin.lookup([instance_id]))["groups"].get(instance_id)
         if group is None or group["ended"]:
-            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}")
+            row = None if attached.history is None else attached.history.get(instance_id)
+            ended = "" if row is None else f": it has ended ({row.status})"
+            raise InstanceNotFound(instance_id, f"no live instance has the id {instance_id!r}{ended}")
         plan = _plan_of(attached, group)
         if plan is not None:
             plan.check_signal(name)

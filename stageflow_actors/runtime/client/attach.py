@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stageflow_actors.core.description import LayoutLookup
-from stageflow_actors.core.plan import Naming, WorkflowPlan
-from stageflow_actors.errors import BrokerUnavailable
+from stageflow_actors.core.plan import DLQ_PREFIX, Naming, WorkflowPlan
+from stageflow_actors.definition.guesses import closest
+from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.history import HistoryReader
 from stageflow_actors.runtime.messaging.broker_process import BrokerProcess
 from stageflow_actors.runtime.messaging.connect import connect
@@ -69,6 +70,21 @@ class Attached:
     def registered_workflows(self) -> set[str]:
         """Return the ids of the workflows that the cluster has registered last."""
         return {plan.id for plan in self._plans()}
+
+    def check_queue(self, name: str) -> None:
+        """Raise `StageFlowError` if the broker has no queue of this name; the message names the one that is meant."""
+        queue = name.removeprefix(DLQ_PREFIX)
+        if any(each["name"] == queue for each in self.wait(self.admin.stats(queue))["queues"]):
+            return
+        stages = [(stage.queue, plan.id) for plan in self._plans() for stage in plan.stages if stage.id == queue]
+        meant = closest(queue, [each["name"] for each in self.wait(self.admin.stats(""))["queues"]], cutoff=0.9)
+        if stages:
+            advice = f"that of stage {queue!r} of workflow {stages[0][1]!r} is {stages[0][0]!r}"
+        elif meant is not None:
+            advice = f"did you mean {meant!r}?"
+        else:
+            advice = "`stageflow queue list` lists them all"
+        raise StageFlowError(f"no queue is named {queue!r}: {advice}")
 
     def _plans(self) -> list[WorkflowPlan]:
         manifest = read_manifest(self.wait(self.admin.get_fact(MANIFEST_FACT)))
