@@ -12,6 +12,7 @@
 `offline`     readers of a journal that need no broker
 `testing`     the contract that every broker passes, and a simulated disk
 `log_sender`  sends the log records of a process to the one that collects them
+`signals`     the signals of a new process; `resources` its limits
 `failpoints`  places at which a test can stop or kill a process
 ============  ==================================================================
 """

@@ -27,6 +27,7 @@ from stageflow_actors.cli.commands.start import start
 from stageflow_actors.cli.commands.stats import stats
 from stageflow_actors.cli.commands.up import up
 from stageflow_actors.errors import StageFlowError
+from stageflow_actors.runtime.system.processes import occupy_standard_descriptors
 from stageflow_brokers.errors import BrokerError
 
 __all__ = ["cli", "main"]
@@ -85,6 +86,7 @@ _use_text_type(cli)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `stageflow` with `arguments` (None: those of the process) and return its exit code."""
+    occupy_standard_descriptors()  # a file that gets the number 2 would receive error messages
     _escape_unprintable()
     try:
         code = cli.main(args=arguments, prog_name="stageflow", standalone_mode=False)

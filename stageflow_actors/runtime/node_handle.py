@@ -23,11 +23,21 @@ from stageflow_actors.runtime.client.output import ProgramOutput
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable
+from stageflow_actors.runtime.system.interpreter import python_interpreter
 from stageflow_actors.runtime.system.interpreter_flags import service_flags
-from stageflow_actors.runtime.system.processes import describe_exit, is_stopped, resume_process, wait_dead
+from stageflow_actors.runtime.system.processes import (
+    describe_exit,
+    is_stopped,
+    occupy_standard_descriptors,
+    reap_adopted,
+    resume_process,
+    wait_dead,
+)
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
 from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
+from stageflow_actors.runtime.zygote.protocol import WORKER_NAME, ZYGOTE_NAME
 from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.signals import blocked_signals
 
 __all__ = ["NodeHandle", "remove_cluster_files"]
 
@@ -48,6 +58,10 @@ KILLED_OUTPUT_SECONDS = 1.0
 """Longest wait for the output of a cluster that has been killed."""
 SURVIVOR_SECONDS = 5.0
 """Time in which the processes of a dead node's cluster must end after it."""
+
+
+_ADOPTED = (ZYGOTE_NAME, WORKER_NAME, "stageflow-brok")
+"""Names of processes that the program adopts from a node that has died, if the program is process 1 of a container."""
 
 
 class _DiedWhileStarting(BrokerUnavailable):
@@ -97,7 +111,8 @@ class NodeHandle:
         except BaseException:
             self._output.close(KILLED_OUTPUT_SECONDS)
             raise
-        threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
+        with blocked_signals():
+            threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
 
     def register(self, register: Register) -> None:
         """Register more workflows with this node and with each that replaces it; wait until their code is loaded.
@@ -184,9 +199,10 @@ class NodeHandle:
                     wait_dead(self._pidfd, None)
                 elif is_stopped(self.pid):  # otherwise the node itself sends notices about its wait
                     notes.wait_for(lambda: describe_unresponsive("the node", self.pid))
-            if self._reap() != 0:
+            self._reap()
+            if self._data.cluster.exists():  # a node that stops normally removes it
                 self._wait_for_survivors()
-                self._data.remove_cluster()  # the node does it only when it stops normally
+                self._data.remove_cluster()
             self._check_data()
         except BaseException:
             self.kill()
@@ -252,13 +268,21 @@ class NodeHandle:
                 self._wait_for_survivors()
 
     def _launch(self) -> None:
+        occupy_standard_descriptors()  # the program may have closed them since the start
         runtime_dir(self._data.path)  # an unusable directory is reported by the program and not by a node that fails
         ours, theirs = socket.socketpair()
         output = self._output.connect()
         self._config.output_fd, self._config.levels_fd = output.fileno(), self._output.levels.fd
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *service_flags(), "-c", _BOOTSTRAP, str(theirs.fileno()), *self._config.sys_path],
+                [
+                    python_interpreter(),
+                    *service_flags(),
+                    "-c",
+                    _BOOTSTRAP,
+                    str(theirs.fileno()),
+                    *self._config.sys_path,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # Where the program has started without a stderr, descriptor 2 may be a file of its own.
@@ -274,9 +298,10 @@ class NodeHandle:
             output.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
-        self._pidfd = os.pidfd_open(self._process.pid)
+            self._pidfd = -1
         channel = Channel(ours)
         try:
+            self._pidfd = os.pidfd_open(self._process.pid)
             channel.send(self._config)
             failpoint("program.node-started")
             report = self._await_report(channel)
@@ -377,6 +402,8 @@ class NodeHandle:
                 )
             for pid in survivors:
                 resume_process(pid)  # a stopped process (SIGSTOP) does not notice the end of its node
+            time.sleep(0.01)
+        while reap_adopted(_ADOPTED) and time.monotonic() < deadline:  # as process 1 of a container has to
             time.sleep(0.01)
 
     def _reap(self) -> int:

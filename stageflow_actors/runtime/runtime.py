@@ -30,14 +30,23 @@ from stageflow_actors.runtime.ipc.control_channel import NodeConfig, Register
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec, endpoint_spec, merge_pools, pool_specs
 from stageflow_actors.runtime.node_handle import NodeHandle, remove_cluster_files
 from stageflow_actors.runtime.system.data_dir import DataDir
+from stageflow_actors.runtime.system.interpreter import python_interpreter
 from stageflow_actors.runtime.system.interpreter_flags import worker_flags
 from stageflow_actors.runtime.system.processes import occupy_standard_descriptors
 from stageflow_actors.runtime.system.socket_dir import remove_runtime_dir, runtime_dir
 from stageflow_actors.runtime.system.source_files import loaded_sources
 from stageflow_actors.runtime.system.start_guard import check_may_start
+from stageflow_actors.runtime.system.surroundings import check_threads
 from stageflow_actors.runtime.worker.interceptors import check_interceptors
+from stageflow_brokers.resources import shortage
 
 __all__ = ["Runtime"]
+
+PROGRAM_DESCRIPTORS = 40
+"""File descriptors of this process that the start of a cluster, and its use with events, needs at most."""
+
+PROGRAM_THREADS = 6
+"""Threads of this process that a cluster needs, with those of ZeroMQ."""
 
 
 class Runtime(Client):
@@ -121,7 +130,7 @@ class Runtime(Client):
         self._queues: dict[str, str] = {}
         self._data: DataDir | None = None
         self._stopping_node: NodeHandle | None = None
-        self._lock = threading.Lock()
+        self._lock = self._local.lock
 
     # starting and stopping
 
@@ -143,6 +152,7 @@ class Runtime(Client):
         """
         stages = [stage for workflow in self.workflows for stage in workflow.stages] + self._endpoints
         check_may_start({module for stage in stages for module in stage._modules()})
+        self._local.check_process()
         with self._lock:
             if self._local.node is not None:
                 raise StageFlowError("this runtime is running already")
@@ -152,7 +162,12 @@ class Runtime(Client):
             pools += [self._endpoint_spec(stage) for stage in self._endpoints]
             self._queues = _owners(pools, {}, self._local.naming)
             initializer = self._initializer_code()
+            check_threads()
+            python_interpreter()  # raises if there is none
             occupy_standard_descriptors()
+            problem = shortage("a cluster", descriptors=PROGRAM_DESCRIPTORS, threads=PROGRAM_THREADS)
+            if problem:
+                raise BrokerUnavailable(problem)
             data = DataDir(self.data_dir)
             lock_fd = data.acquire(os.getpid())
             try:
@@ -216,6 +231,7 @@ class Runtime(Client):
             True
         """
         seconds = timeout_seconds(grace, "grace")
+        self._local.check_process()
         if self._local.node is None:
             return
         if drain:
@@ -242,8 +258,12 @@ class Runtime(Client):
                 data.release()
 
     def close(self) -> None:
-        """Stop the cluster, as `stop()` does. Idempotent."""
-        self.stop()
+        """Stop the cluster, as `stop()` does. Idempotent.
+
+        A forked child of the program has no part in the cluster: there it does nothing, as the end of a `with` block.
+        """
+        if not self._local.is_inherited:
+            self.stop()
 
     @classmethod
     def connect(cls, data_dir: str | Path) -> Client:
@@ -282,7 +302,7 @@ class Runtime(Client):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._local.node is None:
-            return
+            return  # also in a forked child of the program, which has no part in the cluster
         if kind is not None:
             self.stop()
             return
@@ -295,7 +315,7 @@ class Runtime(Client):
 
     def _kill(self) -> None:
         node = self._stopping_node or self._local.node
-        if node is not None:
+        if node is not None and not self._local.is_inherited:
             node.end_stop()
 
     @property
@@ -313,6 +333,7 @@ class Runtime(Client):
             ...     print(error)
             this runtime is not running: call start(), or use it in a `with` block
         """
+        self._local.check_process()
         if self._local.node is None:
             raise BrokerUnavailable(NOT_RUNNING)
         return self._local.node.pid
@@ -338,6 +359,7 @@ class Runtime(Client):
             >>> [workflow.version for workflow in runtime.workflows]
             [1, 2]
         """
+        self._local.check_process()
         added: Workflow[Any] = workflow_of(workflow)
         new = added not in self.workflows
         self._add(added)
@@ -381,6 +403,7 @@ class Runtime(Client):
             ...     print(error)
             endpoint 'stock' exists already
         """
+        self._local.check_process()
         stage = Stage(handler, id=name, **options)
         if any(other.id == name for other in self._endpoints):
             raise WorkflowDefinitionError(f"endpoint {name!r} exists already")
@@ -471,7 +494,25 @@ class _LocalSession(Session):
 
     node: NodeHandle | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        """Held while the runtime starts or stops."""
+
+    @property
+    def is_open(self) -> bool:
+        """See `Session.is_open`."""
+        return super().is_open or self.node is not None or self.lock.locked()
+
+    def disown(self, parent: int) -> None:
+        """See `Session.disown`: the node belongs to the parent too."""
+        super().disown(parent)
+        if self.is_inherited:
+            self._inherited += (self.node,)
+            self.node = None
+
     def scale(self, queue: str, actors: int) -> None:
+        self.check_process()
         if self.node is None:
             raise BrokerUnavailable(NOT_RUNNING)
         self.node.scale(queue, actors)

@@ -29,6 +29,7 @@ from stageflow_actors.runtime.node.pool import Pool, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.worker_handle import WorkerHandle
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
+from stageflow_actors.runtime.zygote.protocol import ZYGOTE_NAME
 from stageflow_brokers.client.query_admin import QueryAdmin
 
 __all__ = ["cluster", "effects", "launch", "nursery"]
@@ -74,7 +75,7 @@ class Cluster:
             for child in _children(node):
                 if "stageflow_brokers.zeromq.process" in _words(child):
                     self.brokers.append(child)
-                else:
+                elif _name(child) == ZYGOTE_NAME:  # the node has also adopted the workers of a zygote that died
                     self.zygotes.append(child)
                     self.workers += _children(child)
                     others += _children(child, recursive=True)
@@ -102,6 +103,13 @@ def _words(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""  # it has just ended
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def _children(process: psutil.Process, *, recursive: bool = False) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ SAMPLE = (
     ("broker.committed", "kill"),
     ("coordinator.history-written", "kill"),
     ("worker.before-settle", "stop"),
-    ("pool.exit-seen", "term"),
+    ("pool.exit-seen", "kill"),
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -88,20 +87,17 @@ def test_a_broker_killed_in_the_middle_costs_no_message_and_runs_no_handler_twic
     assert {p.pid for p in cluster(data=data).workers} == {p.pid for p in before.workers}
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [("zygotes", signal.SIGKILL), ("nodes", signal.SIGKILL), ("nodes", signal.SIGTERM), ("brokers", signal.SIGTERM)],
-)
+@pytest.mark.parametrize("kind", ["zygotes", "nodes", "brokers"])
 def test_whatever_is_killed_is_started_again_and_everything_completes(
-    runtime: Runtime, cluster: Any, effects: Any, eventually: Callable[..., Any], kind: str, how: signal.Signals
+    runtime: Runtime, cluster: Any, effects: Any, eventually: Callable[..., Any], kind: str
 ) -> None:
     rows = [{"log": effects.path, "n": n, "seconds": 0.05} for n in range(12)]
     instances = runtime.submit_many(steady, rows)
     eventually(lambda: len(effects("end")) >= 2, "some work")
     victim: psutil.Process = getattr(cluster(), kind)[0]
-    victim.send_signal(how)
+    victim.kill()
     for instance in instances:
-        result = instance.result(timeout=10)
+        result = instance.result(timeout=60)
         assert result.success
         assert {stage.attempts for stage in result.stages} == {1}, "none of their doing"
     assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
@@ -118,7 +114,7 @@ def test_restarts_leave_no_descriptors_behind(
             victim.kill()
             eventually(lambda kind=kind, old=victim.pid: [p for p in getattr(cluster(), kind) if p.pid != old], kind)
             row = {"log": effects.path, "n": 0, "seconds": 0.0}
-            assert runtime.execute(steady, row, timeout=10).success
+            assert runtime.execute(steady, row, timeout=60).success
 
     def settled_fds(process: psutil.Process) -> int:
         counts = [process.num_fds() for _ in range(50)]

@@ -64,11 +64,6 @@ def shoot_itself(context: Row) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def shoot_its_group(context: Row) -> None:
-    subprocess.Popen(["sleep", "1000"])
-    os.killpg(0, signal.SIGTERM)
-
-
 class Matryoshka:
     def __repr__(self) -> str:
         return repr([self])
@@ -101,7 +96,6 @@ DEATHS: dict[Handler, tuple[str, ...]] = {
     leave: ("exit code 9", "stderr:\nwhat was left undone\nis written here"),
     abort: ("SIGABRT (abort)", "Fatal Python error: Aborted", "in abort"),
     shoot_itself: ("SIGKILL",),
-    shoot_its_group: ("SIGTERM",),
     overflow_the_c_stack: ("SIGSEGV", "Fatal Python error: Segmentation fault", "in __repr__"),
     close_every_descriptor: (),
     close_and_reuse_every_descriptor: (),
@@ -241,6 +235,21 @@ def ask_the_parent_to_end(context: Row) -> None:
         os.kill(os.getppid(), number)
 
 
+def ask_its_group_to_end(context: Row) -> None:
+    """Programs that it has started and processes that it has forked end; the worker is stopped by its node only."""
+    program = subprocess.Popen(["sleep", "1000"])
+    ready, theirs = os.pipe()
+    forked = os.fork()
+    if forked == 0:
+        os.write(theirs, b"x")
+        time.sleep(1000)
+    os.read(ready, 1)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        os.killpg(0, number)
+    assert program.wait() == -signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == -signal.SIGTERM
+
+
 SURVIVED = [
     hold_the_interpreter,
     close_the_low_descriptors,
@@ -250,6 +259,7 @@ SURVIVED = [
     change_the_world,
     ignore_all_signals,
     ask_the_parent_to_end,
+    ask_its_group_to_end,
 ]
 
 

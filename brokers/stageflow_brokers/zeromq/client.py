@@ -19,6 +19,8 @@ from zmq.utils.monitor import recv_monitor_message
 from stageflow_brokers.api import Listener
 from stageflow_brokers.client.connection import MAX_UNCONFIRMED_BYTES, Connection
 from stageflow_brokers.errors import BrokerUnavailable, SocketNotPrivate
+from stageflow_brokers.resources import shortage
+from stageflow_brokers.signals import blocked_signals
 from stageflow_brokers.zeromq.access import check_address, check_listener
 from stageflow_brokers.zeromq.socket_path import ShortAddress, places, socket_exists
 
@@ -39,6 +41,12 @@ MONITORED_EVENTS = (
     zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
+DESCRIPTORS = 16
+"""File descriptors that a connection needs, with those of ZeroMQ."""
+
+THREADS = 3
+"""Threads of a connection, with those of ZeroMQ."""
+
 CLOSE_CHECK_SECONDS = 0.05
 """Seconds between checks whether all frames are confirmed, while the connection closes."""
 
@@ -46,8 +54,8 @@ CLOSE_CHECK_SECONDS = 0.05
 class ZmqClient(Connection):
     """A connection to the broker at `address`. The constructor connects, in a daemon thread.
 
-    Raises `SocketNotPrivate` if other users have access to the directory of the socket. The arguments are those of
-    `Connection`.
+    Raises `SocketNotPrivate` if other users have access to the directory of the socket, `BrokerUnavailable` if too few
+    file descriptors or threads are left. The arguments are those of `Connection`.
     """
 
     def __init__(
@@ -62,6 +70,9 @@ class ZmqClient(Connection):
     ) -> None:
         super().__init__(listener, peer=peer, role=role, name=name, max_unconfirmed_bytes=max_unconfirmed_bytes)
         check_address(address, missing_ok=True)
+        problem = shortage("a connection to the broker", descriptors=DESCRIPTORS, threads=THREADS)
+        if problem:
+            raise BrokerUnavailable(problem)
         self._address = address
         self._place: ShortAddress | None = None
         self._connected = False
@@ -74,7 +85,8 @@ class ZmqClient(Connection):
         self._hello_due = float("inf")
         self._reconnect_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"broker-io-{name or self.peer}", daemon=True)
-        self._thread.start()
+        with blocked_signals():
+            self._thread.start()
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait up to `timeout` seconds for unconfirmed frames, then end the connection."""
@@ -105,16 +117,13 @@ class ZmqClient(Connection):
 
     def _run(self) -> None:
         context = zmq.Context()
-        dealer = self._dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self.peer.to_bytes(8, "big"))
-        dealer.setsockopt(zmq.SNDHWM, 0)
-        dealer.setsockopt(zmq.RCVHWM, 0)
-        # Frames that were not sent when a connection breaks are sent again after the next hello, and only then.
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.LINGER, 200)
-        dealer.setsockopt(zmq.RECONNECT_IVL, 10)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
-        monitor = dealer.get_monitor_socket(MONITORED_EVENTS)
+        try:
+            dealer, monitor = self._open_sockets(context)
+        except zmq.ZMQError as error:  # other threads have used what the check of the constructor has found
+            self.end(f"the connection to the broker cannot be opened: {error}")
+            context.destroy(linger=0)
+            os.close(self._wakeup)
+            return
         poller = zmq.Poller()
         poller.register(dealer, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -143,6 +152,19 @@ class ZmqClient(Connection):
             if self._place is not None:
                 self._place.close()
             os.close(self._wakeup)
+
+    def _open_sockets(self, context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """Return the DEALER socket and its monitor."""
+        dealer = self._dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, self.peer.to_bytes(8, "big"))
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        # Frames that were not sent when a connection breaks are sent again after the next hello, and only then.
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.setsockopt(zmq.LINGER, 200)
+        dealer.setsockopt(zmq.RECONNECT_IVL, 10)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
+        return dealer, dealer.get_monitor_socket(MONITORED_EVENTS)
 
     def _is_finished(self) -> bool:
         if self._end_reason:

@@ -1,6 +1,8 @@
-"""The broker process: journal, engine and socket. It ends on SIGTERM, or when its parent process ends.
+"""The broker process: journal, engine and socket. It ends when its parent process asks for it, or ends.
 
-`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. It reports its start as one line of JSON on
+`python -m stageflow_brokers.zeromq.process '{"address": …, "journal": …}'`. A parent asks by closing a pipe, `stop_fd`,
+and the process ignores SIGTERM: a service manager sends that to all processes at once, and the broker has to outlive
+the settlements of its workers. Without such a pipe it ends on SIGTERM. It reports its start as one line of JSON on
 the file descriptor `ready_fd`. It must never run user code, unpickle data, or start threads other than those of ZeroMQ.
 """
 
@@ -12,6 +14,7 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +27,8 @@ from stageflow_brokers.engine.engine import Engine
 from stageflow_brokers.errors import BrokerError, JournalCorrupt, JournalError
 from stageflow_brokers.log_sender import relay_process
 from stageflow_brokers.pause_flags import PauseFlags
+from stageflow_brokers.resources import raise_descriptor_limit, shortage
+from stageflow_brokers.signals import reset_signals
 from stageflow_brokers.zeromq.server import Server
 
 __all__ = ["ProcessOptions", "main"]
@@ -31,9 +36,19 @@ __all__ = ["ProcessOptions", "main"]
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+
+PROCESS_NAME = "stageflow-brok"
+"""The name of the process, as `ps -o comm` shows it, with at most 15 bytes."""
 
 MAX_REQUESTED_DESCRIPTORS = 16_384
 """The most file descriptors that the broker requests from the operating system."""
+
+MIN_DESCRIPTORS = 48
+"""The fewest file descriptors with which the broker starts: those of ZeroMQ, of the journal and of some connections."""
+
+THREADS = 2
+"""Threads of ZeroMQ."""
 
 EXIT_JOURNAL_FAILED = 70
 """Exit code after a failure of the journal. A new start recovers from the data on disk."""
@@ -44,6 +59,7 @@ class ProcessOptions(msgspec.Struct):
 
     `pause_fd` is the memory of the `PauseFlags` that workers read, -1 for none.
     `log_fd` is a socket for the log records of this process from `log_level` on, see `LogSender`; -1 for none.
+    `stop_fd` is the read end of the parent's pipe; -1 for none.
     """
 
     address: str
@@ -56,35 +72,49 @@ class ProcessOptions(msgspec.Struct):
     ready_fd: int = -1
     parent: int = 0
     pause_fd: int = -1
+    stop_fd: int = -1
     log_fd: int = -1
     log_level: int = 30
 
 
 class _Stop:
-    """Records SIGTERM; `wakeup` becomes readable with it."""
+    """Returns True once a stop is requested, by the end of the pipe or by SIGTERM; `wakeup` becomes readable with it.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Ctrl-C and the end of the terminal are for the program.
+    """
+
+    def __init__(self, stop_fd: int) -> None:
+        self.wakeup = stop_fd
+        for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(ignored, signal.SIG_IGN)
+        if stop_fd < 0:
+            self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            signal.signal(signal.SIGTERM, lambda *_: None)  # the pipe receives its number
+        self._poll = select.poll()
+        self._poll.register(self.wakeup, select.POLLIN)
 
     def __call__(self) -> bool:
-        return self.requested
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        self.requested = True
+        return bool(self._poll.poll(0))
 
 
 def main(argument: str) -> int:
-    """Run until SIGTERM. Return 0 after a clean stop, 1 if the start failed; exit with 70 if the journal failed."""
+    """Run until a stop is requested.
+
+    Return 0 after a clean stop, 1 if the start failed; exit with 70 if the journal failed.
+    """
     # Not msgspec's JSON, here and in the report: it rejects file names that are not valid UTF-8.
     options = msgspec.convert(json.loads(argument), ProcessOptions)
+    reset_signals()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, ctypes.create_string_buffer(PROCESS_NAME.encode()), 0, 0, 0)
     if options.log_fd >= 0:
         relay_process(options.log_fd, options.log_level)
-    stop = _Stop()
+    stop = _Stop(options.stop_fd)
     max_descriptors = _raise_descriptor_limit()
+    problem = shortage("the broker process", descriptors=MIN_DESCRIPTORS, threads=THREADS)
+    if problem:
+        _report(options.ready_fd, {"error": "BrokerUnavailable", "message": problem})
+        return 1
     gc.disable()  # the broker creates no reference cycles, and a collection of a million messages takes seconds
     if options.parent:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -129,14 +159,8 @@ def _raise_descriptor_limit() -> int:
 
     A quarter of them is reserved for files and sockets of the broker itself.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_REQUESTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_REQUESTED_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-        except (OSError, ValueError):
-            pass
+    raise_descriptor_limit(MAX_REQUESTED_DESCRIPTORS)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_REQUESTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MAX_REQUESTED_DESCRIPTORS)
     return limit - limit // 4
 

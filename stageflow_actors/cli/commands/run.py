@@ -18,6 +18,7 @@ import click
 from stageflow_actors.cli.log_options import configure_logging, log_options
 from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
 from stageflow_actors.cli.output import span
+from stageflow_actors.cli.stop_signals import on_stop_signals
 
 if TYPE_CHECKING:
     from stageflow_actors.cli.input_file import InputLine, Lines
@@ -118,7 +119,7 @@ def run(
         prepared = _Run(runtime, workflow, source, key, file, retry_failed, output)
         if fresh:
             _rename_directory(Path(runtime.data_dir))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the run as Ctrl-C does
+        on_stop_signals(signal.default_int_handler)  # each ends the run as Ctrl-C does
         return prepared.go()
     except BaseException:
         if file is not None:

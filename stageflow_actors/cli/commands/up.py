@@ -1,7 +1,8 @@
-"""`stageflow up`: a cluster in the foreground, until SIGTERM or Ctrl-C."""
+"""`stageflow up`: a cluster in the foreground, until SIGTERM, Ctrl-C or the end of the terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from stageflow_actors.cli.log_options import configure_logging, log_options
 from stageflow_actors.cli.options import DEFAULT_DATA, runtime_data_option
+from stageflow_actors.cli.stop_signals import on_stop_signals
 
 __all__ = ["up"]
 
@@ -20,7 +22,7 @@ __all__ = ["up"]
 @runtime_data_option
 @log_options
 def up(target: str, data: Path | None, log_level: str | None, log_format: str | None) -> int:
-    """Serve workflows until SIGTERM or Ctrl-C.
+    """Serve workflows until SIGTERM, Ctrl-C or the end of the terminal.
 
     MODULE is an importable module or a path to a .py file. RUNTIME in it is a Runtime, or a Workflow to serve with the
     defaults. The command prints a line on stderr when the cluster is ready. A stop waits for the stages in work; a
@@ -41,23 +43,27 @@ def up(target: str, data: Path | None, log_level: str | None, log_format: str | 
     if data is not None:
         runtime.data_dir = data
     stop_requested = threading.Event()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_stop_signals(signal.default_int_handler)
     runtime.start()
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop_requested.set())
+        on_stop_signals(lambda *_: stop_requested.set())
         names = ", ".join(_name(workflow) for workflow in runtime.workflows)
-        click.echo(f"stageflow: serving {names} from {runtime.data_dir}", err=True)
+        _announce(f"serving {names} from {runtime.data_dir}")
         while not stop_requested.wait(0.5):
             session_of(runtime).check_alive()
     except BaseException:
         runtime.stop(grace=0)
         raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
-    click.echo("stageflow: stopping after the stages in work; press Ctrl-C again to kill them", err=True)
+    # A service manager may send SIGHUP after SIGTERM, and a shell SIGHUP twice: it is no second Ctrl-C.
+    on_stop_signals(signal.default_int_handler, on_hangup=lambda *_: None)
+    _announce("stopping after the stages in work; press Ctrl-C again to kill them")
     runtime.stop()
     return 0
+
+
+def _announce(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal has ended
+        click.echo(f"stageflow: {text}", err=True)
 
 
 def _name(workflow: Any) -> str:

@@ -8,6 +8,7 @@
 `reruns`            cancel, retry and restart of instances
 `map_iterator`      `map` and `map_unordered`: a bounded number in flight
 `progress_bar`      the progress bar of `map` and `stageflow run`
+`fork_guard`        closes sessions in a forked child of the program
 `waiters`           objects that wait for the outcomes of instances
 `wait_reason`       what an instance waits for, in one sentence
 `wait_notes`        the same of several instances, for calls that wait for many

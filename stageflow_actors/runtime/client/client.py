@@ -535,6 +535,7 @@ class Client:
         """Drain; `notify` receives now and then what is waited for."""
         deadline = None if limit is None else time.monotonic() + limit
         note_at = time.monotonic() + DRAIN_NOTE_SECONDS
+        self._session.check_process()
         waiting = self._session.waiters.by_id
         while waiting:
             self._session.check_alive()

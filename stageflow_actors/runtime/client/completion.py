@@ -63,6 +63,7 @@ class Completion:
 
     def status(self) -> WorkflowStatus:
         """Return the instance's status now. Raises `InstanceNotFound`."""
+        self.session.check_process()
         if self.outcome is not None:
             return WorkflowStatus(decode_outcome(self.outcome).status)
         group = self.session.lookup([self.instance_id]).get(self.instance_id)
@@ -106,6 +107,7 @@ class Completion:
 
     def result(self, timeout: float | None) -> WorkflowResult[Any]:
         """Return the result, waiting at most `timeout` seconds for it. Raises as `wait` does."""
+        self.session.check_process()
         if self.outcome is None:
             self.wait(timeout)
         assert self.outcome is not None
@@ -181,6 +183,7 @@ class Completion:
 
     def watch(self) -> bool:
         """Register for notifications where needed; return True if the broker had to be asked for them."""
+        self.session.check_process()
         if self.is_over or self.session.waiters.has(self.instance_id, self):
             return False
         self.session.watch(self.instance_id, self)
@@ -188,6 +191,7 @@ class Completion:
 
     def refresh(self) -> None:
         """Drop a state that is over: a requeued dead letter, or a stop of a client that was started again."""
+        self.session.check_process()
         if self.error is not None and self.session.failure is None and self.session.connection is not None:
             self.error = None
             self._event.clear()

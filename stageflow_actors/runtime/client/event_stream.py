@@ -20,6 +20,7 @@ from stageflow_actors.events import Event
 from stageflow_actors.runtime.client.event_decoder import CodecLookup, EventDecoder
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_brokers.api import Broker, Listener
+from stageflow_brokers.signals import blocked_signals
 
 __all__ = ["EventCallback", "EventStream", "EventSubscriptions"]
 
@@ -52,7 +53,8 @@ class EventStream(Listener):
         self._broker = connect(address, self, role="client", name=name)
         self.subscribed: Future[Any] = self._broker.admin.subscribe(True)
         self._thread = threading.Thread(target=self._run, name="stageflow-events", daemon=True)
-        self._thread.start()
+        with blocked_signals():
+            self._thread.start()
 
     def close(self) -> None:
         """Stop receiving; wait a limited time for the callbacks to handle the queued events."""

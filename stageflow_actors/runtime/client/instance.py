@@ -89,6 +89,7 @@ class Instance(Generic[C]):
             InstanceNotFound: If no live or finished instance has this id.
             BrokerUnavailable: If the cluster is not running or does not answer.
         """
+        self._completion.session.check_process()
         return self._completion.outcome is not None or self.status().terminal
 
     def result(self, timeout: Duration | None = None) -> WorkflowResult[C]:
@@ -119,6 +120,7 @@ class Instance(Generic[C]):
             BrokerUnavailable: If the cluster is not running or does not answer.
         """
         completion = self._completion
+        completion.session.check_process()
         group = None if completion.outcome is not None else completion.session.lookup([self.id]).get(self.id)
         return None if group is None else progress_of(group)
 
@@ -175,6 +177,7 @@ class Instance(Generic[C]):
             BrokerUnavailable: If the cluster is not running or does not answer.
         """
         completion = self._completion
+        completion.session.check_process()
         if completion.outcome is None:
             group = completion.session.ask(lambda admin: admin.inspect([self.id])).get(self.id)
             if group is not None:
@@ -258,6 +261,7 @@ class Instance(Generic[C]):
 
     async def _wait_in_loop(self) -> WorkflowResult[C]:
         completion = self._completion
+        completion.session.check_process()
         loop = asyncio.get_running_loop()
         notified = asyncio.Event()
 

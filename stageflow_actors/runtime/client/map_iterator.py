@@ -142,9 +142,9 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
     def close(self) -> None:
         """Stop pulling; the instances in flight go on, and the history keeps their results."""
         self._exhausted = True
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None and not self._session.is_inherited:
+            bar.close()
 
     def __del__(self) -> None:
         waiter, waiters = self._waiter, self._session.waiters
@@ -172,6 +172,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         return ready.pop(first)
 
     def _take_arrived(self) -> None:
+        self._session.check_alive()  # before the event, whose lock another thread may have held during a fork
         arrived = self._arrived
         self._event.clear()
         index = self._index
@@ -193,7 +194,6 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                 continue
             self._put(instance_id, at, found)
             self._retry_full_at = 0.0  # an instance has ended, so there may be room
-        self._session.check_alive()
 
     def _look_up(self, instance_id: str, news: object) -> WorkflowResult[C] | BaseException:
         completion = Completion(self._session, instance_id, self._ref)

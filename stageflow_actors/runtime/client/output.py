@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import select
-import signal
 import socket
 import stat
 import sys
@@ -33,6 +32,7 @@ from stageflow_actors.runtime.ipc.failed_attempts import FAILED_ATTEMPTS, Attemp
 from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels, LogSetup, read_setup
 from stageflow_actors.runtime.ipc.output_frames import DROPPED_OUTPUT, LOGS, STDERR, STDOUT, FrameReader
 from stageflow_brokers.log_sender import DROPPED, FRAME_LENGTH_BYTES
+from stageflow_brokers.signals import blocked_signals
 
 __all__ = ["ProgramOutput"]
 
@@ -81,7 +81,12 @@ class _Consumer:
             if not self._started:
                 self._started = True
                 # A bare thread: in a notebook, output of a `threading.Thread` belongs to the cell that started it.
-                _thread.start_new_thread(self._run, ())
+                # The reader of a pipe may leave: SIGPIPE must not end the program, even if it resets its action.
+                try:
+                    with blocked_signals():
+                        _thread.start_new_thread(self._run, ())
+                except RuntimeError:
+                    self._started = False  # no thread is left: tried again with the next item
             self._changed.notify_all()
         if dropped:
             self._on_dropped(dropped, old)
@@ -92,9 +97,6 @@ class _Consumer:
         return not self._items and not self._busy
 
     def _run(self) -> None:
-        with contextlib.suppress(ValueError, OSError):
-            # The reader of a pipe may leave: that must not end the program, even if it resets SIGPIPE.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])
         while True:
             with self._changed:
                 while not self._items:
@@ -310,9 +312,11 @@ class ProgramOutput:
     def connect(self) -> socket.socket:
         """Start to read a connection to a new node. Return the node's end, which the caller closes."""
         ours, theirs = socket.socketpair()
+        ours.setblocking(True)  # whatever the program's `socket.setdefaulttimeout`
         reader = threading.Thread(target=self._read, args=(ours,), name="node-output", daemon=True)
         self._readers = [thread for thread in self._readers if thread.is_alive()] + [reader]
-        reader.start()
+        with blocked_signals():
+            reader.start()
         return theirs
 
     def close(self, timeout: float = DRAIN_SECONDS) -> None:

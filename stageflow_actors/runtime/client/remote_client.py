@@ -23,6 +23,7 @@ from stageflow_actors.runtime.client.session import RUNTIME_STOPPED, Session, ch
 from stageflow_actors.runtime.client.workflow_ref import WorkflowRef
 from stageflow_actors.runtime.messaging.manifest import MANIFEST_FACT, ClusterManifest, read_manifest
 from stageflow_actors.runtime.system.data_dir import DataDir, absolute_path
+from stageflow_actors.runtime.system.surroundings import check_threads
 from stageflow_brokers.api import Broker
 
 __all__ = ["RemoteClient"]
@@ -48,6 +49,7 @@ class RemoteSession(Session):
 
     def __init__(self, data_dir: str | Path) -> None:
         super().__init__()
+        check_threads()
         self._path = absolute_path(data_dir)
         if not self._path.is_dir():
             raise self._no_cluster()
@@ -75,6 +77,12 @@ class RemoteSession(Session):
         """See `Session.disconnect`."""
         self._closed = True
         super().disconnect(reason)
+
+    def disown(self, parent: int) -> None:
+        """See `Session.disown`. A closed client reads neither the cluster file nor the manifest."""
+        super().disown(parent)
+        if self.is_inherited:
+            self._closed, self._manifest = True, None
 
     # the cluster and its workflows
 

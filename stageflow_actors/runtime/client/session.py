@@ -7,6 +7,7 @@ interpret the answers.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,11 +28,14 @@ from stageflow_actors.errors import (
 from stageflow_actors.history.reader import HistoryReader
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client.event_stream import EventCallback, EventSubscriptions
+from stageflow_actors.runtime.client.fork_guard import disown_in_children
 from stageflow_actors.runtime.client.wait_reason import WaitReason, wait_reason
 from stageflow_actors.runtime.client.waiters import Waiter, Waiters
 from stageflow_actors.runtime.client.workflow_ref import StartRequest, WorkflowRef
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.messaging.errors import translate_error
+from stageflow_actors.runtime.system.processes import occupy_standard_descriptors
+from stageflow_actors.runtime.system.surroundings import check_threads
 from stageflow_brokers import api as port
 from stageflow_brokers.api import Broker, BrokerAdmin, Listener
 from stageflow_brokers.failpoints import failpoint
@@ -142,12 +146,18 @@ class Session:
         """False if the broker only shows a data directory at rest: nothing is delivered."""
         self.failure: StageFlowError | None = None
         """Why the cluster cannot go on; None while it can."""
+        self.is_inherited = False
+        """True in a forked child of the process that opened this session: no call is possible."""
+        self._inherited: tuple[Any, ...] = ()
         self._reader: HistoryReader | None = None
+        disown_in_children(self)
 
     # the connection
 
     def connect(self, address: str, name: str) -> None:
         """Connect to the broker at `address`; `name` identifies this client in the broker's lists."""
+        check_threads()
+        occupy_standard_descriptors()
         self.address = address
         listener = OutcomeListener(self.waiters, self.on_connected)
         self.connection = connect(address, listener, role="client", name=name)
@@ -157,6 +167,8 @@ class Session:
 
     def disconnect(self, reason: str = RUNTIME_STOPPED) -> None:
         """Close the connection and the history; waiting calls raise `BrokerUnavailable(reason)`. Idempotent."""
+        if self.is_inherited:
+            return
         self.events.close()
         if self.connection is not None:
             self.connection.close(timeout=1.0)
@@ -167,9 +179,37 @@ class Session:
             self._reader.close()
             self._reader = None
 
+    @property
+    def is_open(self) -> bool:
+        """True if this session has a connection, or is about to have one."""
+        return self.connection is not None
+
+    def disown(self, parent: int) -> None:
+        """Close this session in a forked child of the process `parent`; see `fork_guard`.
+
+        What belongs to the parent is kept, and never closed. Locks that its threads may hold are replaced.
+        """
+        if not self.is_open and not self.is_inherited:
+            return
+        self.is_inherited = True
+        self._inherited += (self.connection, self.waiters, self.events, self._reader)
+        self.connection, self._reader = None, None
+        self.waiters, self.events = Waiters(), EventSubscriptions(self.codec_of)
+        directory = "data_dir" if self.history_path is None else repr(str(self.history_path.parent))
+        self.failure = BrokerUnavailable(
+            f"this process, {os.getpid()}, was forked from the process {parent}, and cannot use its connection to the "
+            f"cluster: call Runtime.connect({directory}) in this process, and use the client that it returns"
+        )
+
+    def check_process(self) -> None:
+        """Raise `BrokerUnavailable` in a forked child of the process that opened this session."""
+        if self.is_inherited and self.failure is not None:
+            raise self.failure
+
     def broker(self) -> Broker:
         """Return the connection. Raises `BrokerUnavailable` if there is none."""
         if self.connection is None:
+            self.check_process()
             raise BrokerUnavailable(self._ended or NOT_RUNNING)
         return self.connection
 
@@ -230,6 +270,7 @@ class Session:
 
     def add_event_callback(self, callback: EventCallback) -> Callable[[], None]:
         """Call `callback` with each event; return a function that removes it."""
+        self.check_process()
         self.events.callbacks.append(callback)
         if self.connection is not None:
             self.open_events()
@@ -365,6 +406,7 @@ class Session:
 
     def reader(self) -> HistoryReader | None:
         """Return the reader of the history, or None while there is no history file."""
+        self.check_process()
         if self._reader is None and self.history_path is not None and self.history_path.exists():
             self._reader = HistoryReader.open(self.history_path)
         return self._reader

@@ -105,6 +105,8 @@ class Channel:
     """One end of the socket pair. `send` from any thread, `receive` from one."""
 
     def __init__(self, connection: socket.socket) -> None:
+        # After `socket.setdefaulttimeout` in the program, sockets are made non-blocking, in both processes.
+        connection.setblocking(True)
         self.connection = connection
         self._lock = threading.Lock()
 

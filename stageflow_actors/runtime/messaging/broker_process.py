@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from stageflow_actors.errors import BrokerUnavailable, JournalCorrupt, JournalLocked, StageFlowError
+from stageflow_actors.runtime.system.interpreter import python_interpreter
 from stageflow_actors.runtime.system.interpreter_flags import service_flags
 from stageflow_actors.runtime.system.processes import describe_exit, wait_dead
 from stageflow_actors.runtime.system.restart_limit import RestartLimit
@@ -74,6 +74,7 @@ class BrokerProcess:
         self._keep_fds = (*keep_fds, *(fd for fd in (pause_fd, log_fd) if fd >= 0))
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
+        self._stop_fd = -1
         self._lock = threading.Lock()
         self._ending = False
 
@@ -123,29 +124,37 @@ class BrokerProcess:
             return
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Send SIGTERM and wait; after `timeout` seconds, kill the process."""
+        """Ask the process to end, and wait; after `timeout` seconds, kill it."""
         self._ending = True
         with self._lock:
             process = self._process
+            self._close_stop_pipe()
             if process is None or process.poll() is not None:
                 return
-            process.send_signal(signal.SIGTERM)
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
+    def _close_stop_pipe(self) -> None:
+        """Close this end of the pipe: the process ends when its read end has no other."""
+        if self._stop_fd >= 0:
+            os.close(self._stop_fd)
+            self._stop_fd = -1
+
     def _start_once(self) -> None:
+        self._close_stop_pipe()
         ready_fd, report_fd = os.pipe()
+        stop_fd, self._stop_fd = os.pipe()
         try:
             # Not msgspec's JSON, which refuses file names that are not valid text.
-            options = json.dumps({**self._options, "ready_fd": report_fd})
+            options = json.dumps({**self._options, "ready_fd": report_fd, "stop_fd": stop_fd})
             process = subprocess.Popen(
-                [sys.executable, *service_flags(), "-c", _BOOTSTRAP, options, *sys.path],
+                [python_interpreter(), *service_flags(), "-c", _BOOTSTRAP, options, *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(report_fd, *self._keep_fds),
+                pass_fds=(report_fd, stop_fd, *self._keep_fds),
                 start_new_session=True,
                 umask=0o077,
             )
@@ -160,6 +169,7 @@ class BrokerProcess:
             raise BrokerUnavailable(f"the broker process cannot be started: {error}") from error
         finally:
             os.close(ready_fd)
+            os.close(stop_fd)
             if report_fd >= 0:
                 os.close(report_fd)
         if report is not None and report.get("ready"):

@@ -25,7 +25,7 @@ import msgspec
 from stageflow_actors.core.envelope import encode
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.plural import pluralize
-from stageflow_actors.errors import StageFlowError
+from stageflow_actors.errors import BrokerUnavailable, StageFlowError
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.log_levels import OWN_LOGGERS, LogLevels
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
@@ -47,13 +47,23 @@ from stageflow_actors.runtime.node.program_channel import ProgramChannel
 from stageflow_actors.runtime.node.source_watch import SourceWatch
 from stageflow_actors.runtime.node.supervisor import AddPools, Supervisor
 from stageflow_actors.runtime.system.data_dir import ClusterRecord, DataDir, DataDirUnusable
-from stageflow_actors.runtime.system.processes import has_exited, name_process, parent_death_fd, wait_dead
+from stageflow_actors.runtime.system.processes import (
+    adopt_orphans,
+    has_exited,
+    name_process,
+    parent_death_fd,
+    reap_adopted,
+    wait_dead,
+)
 from stageflow_actors.runtime.system.socket_dir import runtime_dir
 from stageflow_actors.runtime.zygote.handle import ZygoteGone, ZygoteHandle
+from stageflow_actors.runtime.zygote.protocol import WORKER_NAME
 from stageflow_brokers.api import Broker, DeliveryItem, Listener
 from stageflow_brokers.failpoints import failpoint
 from stageflow_brokers.log_sender import annotate_nothing, send_logs
 from stageflow_brokers.pause_flags import PauseFlags
+from stageflow_brokers.resources import raise_descriptor_limit, shortage
+from stageflow_brokers.signals import reset_signals
 
 __all__ = ["main"]
 
@@ -61,6 +71,12 @@ logger = logging.getLogger("stageflow_actors.node")
 
 T = TypeVar("T")
 
+MAX_REQUESTED_DESCRIPTORS = 65_536
+"""The most file descriptors that the node requests from the operating system: it has three for each worker."""
+MIN_DESCRIPTORS = 64
+"""The fewest with which it starts."""
+THREADS = 11
+"""The threads of a node, with those of ZeroMQ."""
 SLOT_COUNT = 65_536
 """Most lanes of all workers of a node."""
 LOAD_CHECK_SECONDS = 0.002
@@ -73,7 +89,8 @@ COORDINATOR_CREDIT = 500
 """The same for events that the coordinator decides on."""
 DATA_CHECK_SECONDS = 0.5
 """Seconds between checks that the data directory is still there. A check costs three calls of stat."""
-
+SIGTERM_NOTICE_SECONDS = 5.0
+"""Time after a SIGTERM in which the program stops the cluster, if the signal was sent to all processes."""
 ORPHAN_CHECK_SECONDS = 2.0
 """Time between two searches for queues without a consumer."""
 WORKFLOW_ID_OFFSETS = [1, 3]
@@ -135,7 +152,9 @@ class _NodeListener(Listener):
 def main(control_fd: int) -> NoReturn:
     """Run the node in this process until the program stops it or ends."""
     name_process("stageflow-node")
-    for ignored in (signal.SIGINT, signal.SIGHUP):
+    reset_signals()
+    adopt_orphans()
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the program, which stops the node
         signal.signal(ignored, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=control_fd))
     os.set_inheritable(control_fd, False)
@@ -206,7 +225,9 @@ class Node:
         self._listener = _NodeListener()
         self._stopping: Stop | None = None
         self._lost_zygote: ZygoteHandle | None = None
+        self._descriptor_limit = raise_descriptor_limit(MAX_REQUESTED_DESCRIPTORS)
         self._next_tick = self._next_orphan_check = self._next_data_check = 0.0
+        self._sigterm_notice_due = float("inf")
 
     def start(self) -> None:
         """Start broker, connection, history and pools: each needs the one before. The zygote loads in parallel.
@@ -214,6 +235,9 @@ class Node:
         Raises `StageFlowError` if a part cannot start.
         """
         config = self._config
+        problem = shortage("the node process", descriptors=MIN_DESCRIPTORS, threads=THREADS)
+        if problem:
+            raise BrokerUnavailable(problem)
         threading.Thread(target=self._watch_program, name="program-watch", daemon=True).start()
         self._slots = SlotTable.create(SLOT_COUNT)
         self._load_watch = LoadWatch(config.start_timeout)
@@ -294,10 +318,15 @@ class Node:
     def run(self) -> NoReturn:
         """Pass the zygote's reports and ticks to the actors until a stop is requested."""
         threading.Thread(target=self._receive_commands, name="control", daemon=True).start()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         while self._stopping is None:
             self._round(LOAD_CHECK_SECONDS if self._load_watch.is_waiting else TICK_SECONDS)
             self._report_loaded()
         self._stop(self._stopping)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        """Remember the signal. A service manager that stops a cluster sends it to all processes at once."""
+        self._sigterm_notice_due = time.monotonic() + SIGTERM_NOTICE_SECONDS
 
     def abandon(self, status: int) -> NoReturn:
         """End this process at once: the program has ended, or the node cannot continue.
@@ -417,6 +446,7 @@ class Node:
             sys_path=[os.fsdecode(entry) for entry in config.sys_path],
             cwd=os.fsdecode(config.cwd) or None,
             flags=config.interpreter_flags,
+            descriptor_limit=self._descriptor_limit,
         )
         zygote.start()
         self._zygote = zygote
@@ -529,6 +559,18 @@ class Node:
             self._next_orphan_check = time.monotonic() + ORPHAN_CHECK_SECONDS
             self._orphans.check()
             self._source_watch.check()
+            self._explain_sigterm()
+            reap_adopted((WORKER_NAME,))  # of a zygote that was killed
+
+    def _explain_sigterm(self) -> None:
+        """Say how the cluster is stopped, if a SIGTERM to this process alone was meant to do it."""
+        if time.monotonic() >= self._sigterm_notice_due:
+            self._sigterm_notice_due = float("inf")
+            text = (
+                f"the node process, {os.getpid()}, has ignored SIGTERM: send it to the program, process "
+                f"{self._config.program}, to stop the cluster; SIGKILL restarts the node"
+            )
+            _send_report(self._channel, Report("notice", text))
 
     # the end
 

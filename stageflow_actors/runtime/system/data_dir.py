@@ -23,6 +23,7 @@ from msgspec import Meta, Struct
 
 from stageflow_actors.errors import JournalLocked, StageFlowError
 from stageflow_actors.runtime.system.processes import start_ticks
+from stageflow_actors.runtime.system.surroundings import check_process_table
 
 __all__ = [
     "ClusterRecord",
@@ -118,8 +119,10 @@ class DataDir:
         """Open the directory, and create it (mode 0700) if it is missing.
 
         Raises `DataDirUnusable` if it is missing (with `create=False`), not accessible, or on a network disk.
+        Raises `StageFlowError` without a usable /proc, which shows who holds the lock.
         """
         self.path = absolute_path(path)
+        check_process_table()
         try:
             if create:
                 _make_private(self.path)

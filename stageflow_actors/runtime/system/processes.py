@@ -11,10 +11,12 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NoReturn, TextIO
 
 __all__ = [
+    "adopt_orphans",
+    "child_pids",
     "descendants",
     "describe_exit",
     "exit_now",
@@ -27,6 +29,7 @@ __all__ = [
     "occupy_standard_descriptors",
     "parent_death_fd",
     "raise_oom_score",
+    "reap_adopted",
     "resume_process",
     "session_members",
     "set_pdeathsig",
@@ -36,6 +39,7 @@ __all__ = [
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
 
 MAX_KILL_ROUNDS = 100
 """Scans of the process table per kill. The limit keeps a process that forks without end from blocking the caller."""
@@ -257,6 +261,55 @@ def descendants(pid: int) -> list[int]:
         except OSError:
             continue  # it has just ended
     return found
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of each descendant whose own parent ends, in place of process 1.
+
+    Process 1 of a container may be a program that does not expect them: they would stay zombies. This process has to
+    reap them.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def child_pids() -> list[int]:
+    """Return the children of this process, also those that have ended and are not reaped."""
+    found: list[int] = []
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # the thread has just ended, or the kernel does not list children
+    return found
+
+
+def reap_adopted(names: Container[str] = ()) -> bool:
+    """Reap the children that have ended and were not started by this process; return True if one of `names` runs.
+
+    A child that this process has started is in its session, or leads one. So one in the session of another process was
+    adopted, and so was one whose name is in `names`, which no program of this process has.
+    """
+    own, remaining = os.getsid(0), False
+    for pid in child_pids():
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                content = file.read()
+        except OSError:
+            continue
+        start, end = content.index(b"("), content.rindex(b")")
+        fields = content[end + 2 :].split()
+        name, session = content[start + 1 : end].decode(errors="replace"), int(fields[3])
+        if name not in names and session in (own, pid):
+            continue
+        if fields[0] != b"Z":
+            remaining = remaining or name in names
+            continue
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            pass  # the program reaps all its children, or ignores SIGCHLD
+    return remaining
 
 
 def start_ticks(pid: int) -> int | None:

@@ -22,6 +22,7 @@ from stageflow_actors.core.failures import describe_error
 from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.definition.pickling import loads
 from stageflow_actors.definition.services import select_services
+from stageflow_actors.errors import StageFlowError
 from stageflow_actors.runtime.ipc.exit_codes import (
     EXIT_CUT_OFF,
     EXIT_DAMAGED,
@@ -34,6 +35,7 @@ from stageflow_actors.runtime.ipc.slots import Slot
 from stageflow_actors.runtime.messaging.connect import connect
 from stageflow_actors.runtime.system.processes import exit_now
 from stageflow_actors.runtime.system.start_guard import importing_for
+from stageflow_actors.runtime.system.surroundings import check_threads
 from stageflow_actors.runtime.worker.actor import CompensationActor, StageActor, WorkActor
 from stageflow_actors.runtime.worker.base_context import BaseContext
 from stageflow_actors.runtime.worker.concurrent_actors import TaskActor, ThreadActor
@@ -93,6 +95,8 @@ def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
         with logs.loading_code():
             programs = [(one.plan, _load_code(one.code, slot)) for one in payload.programs]
         slot.mark_loaded()  # `start()` waits for this
+        failed = "its threads have been replaced"
+        check_threads()
         failed = "its handlers cannot be made"
         failures = FailureLog()
         executor = _make_executor(
@@ -105,7 +109,11 @@ def main(data: bytes, slot: Slot | None, report_fd: int = -1) -> int:
     mailbox.placeholders = _occupy_low_descriptors()
     actor: WorkActor = _actor_for(executor, payload.lanes)(executor, mailbox, payload, slot)
     mailbox.actor = actor
-    mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
+    try:
+        mailbox.broker = connect(payload.address, mailbox, peer=payload.peer, role="worker", name=payload.worker_id)
+    except StageFlowError as error:
+        report.write("it cannot connect to its broker", error)
+        return process.run(services.close, runner, EXIT_UNLOADABLE)
     mailbox.broker.consume(payload.queue, actor.min_prefetch)
     report.close(stderr)
     slot.mark_ready()

@@ -97,6 +97,7 @@ class ZygoteHandle:
         cwd: str | None = None,
         preload: Sequence[str] = PRELOAD,
         flags: Sequence[str] = (),
+        descriptor_limit: int = 0,
     ) -> None:
         """Prepare a zygote; `start` starts it.
 
@@ -109,6 +110,7 @@ class ZygoteHandle:
             sys_path: The workers' `sys.path`. Default: that of this process.
             cwd: The workers' working directory. Default: that of this process.
             preload: Modules that the zygote imports before the first fork.
+            descriptor_limit: The workers' soft limit of file descriptors. Default: that of this process.
         """
         self._entry = entry
         self._slots = slots
@@ -117,6 +119,7 @@ class ZygoteHandle:
         self._cwd = cwd
         self._preload = list(preload)
         self._flags = list(flags)
+        self._descriptor_limit = descriptor_limit
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -144,6 +147,7 @@ class ZygoteHandle:
             slots_fd=self._slots.fd if self._slots else -1,
             slot_count=len(self._slots) if self._slots else 0,
             keep_fds=self._keep_fds,
+            descriptor_limit=self._descriptor_limit,
         )
         config_fd = _anonymous_file(msgspec.msgpack.encode(config))
         passed = [theirs.fileno(), config_fd, *self._keep_fds, *([self._slots.fd] if self._slots else [])]

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from typing import NoReturn
@@ -28,6 +29,8 @@ from msgspec import Struct
 from stageflow_actors.runtime.ipc.exit_codes import EXIT_UNHANDLED
 from stageflow_actors.runtime.ipc.slots import SlotTable
 from stageflow_actors.runtime.system.processes import (
+    adopt_orphans,
+    child_pids,
     kill_group,
     kill_groups,
     name_process,
@@ -42,6 +45,7 @@ from stageflow_actors.runtime.zygote.protocol import (
     MAX_DATAGRAM_BYTES,
     MAX_STREAMS,
     SPAWNED,
+    WORKER_NAME,
     ZYGOTE_NAME,
     InterpreterExit,
     WorkerInput,
@@ -49,8 +53,16 @@ from stageflow_actors.runtime.zygote.protocol import (
     read_config,
 )
 from stageflow_brokers.failpoints import failpoint
+from stageflow_brokers.resources import lower_descriptor_limit
+from stageflow_brokers.signals import reset_signals
 
 __all__ = ["ZygoteServer", "main"]
+
+
+LAST_REAP_SECONDS = 0.3
+"""Longest wait for the exits of killed workers at the end of the zygote."""
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class _Worker(Struct):
@@ -65,6 +77,7 @@ class _Worker(Struct):
 
 def main(config_fd: int) -> NoReturn:
     """Run the zygote in this process until the node ends."""
+    reset_signals()
     config = read_config(config_fd)
     del sys.argv[1:]  # user code in a worker must not see these arguments
     try:
@@ -114,6 +127,11 @@ class ZygoteServer:
         self._poller = select.poll()
         self._poller.register(self._node, select.POLLIN)
         self._poller.register(config.socket_fd, select.POLLIN)
+        adopt_orphans()
+        self._child_exits, self._signal_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._signal_fd, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, _ignore_signal)  # the pipe receives its number
+        self._poller.register(self._child_exits, select.POLLIN)
 
     def serve(self) -> NoReturn:
         """Serve the node until it ends, then exit."""
@@ -122,6 +140,8 @@ class ZygoteServer:
             for fd, event in self._poller.poll():
                 if fd == self._node:
                     self._end()
+                elif fd == self._child_exits:
+                    self._reap_adopted()
                 elif fd in self._left:
                     self._on_left_exited(fd)
                 elif fd != connection:
@@ -136,7 +156,23 @@ class ZygoteServer:
 
     def _end(self) -> NoReturn:
         kill_groups((worker.pid, worker.pidfd) for worker in self._workers.values())
+        deadline = time.monotonic() + LAST_REAP_SECONDS
+        try:
+            # Otherwise they would be zombies of the next parent, until that reaps them.
+            while time.monotonic() < deadline:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(0.001)
+        except ChildProcessError:
+            pass
         os._exit(0)
+
+    def _reap_adopted(self) -> None:
+        """Reap the orphans of workers that have ended; workers are reaped by `_reap`."""
+        os.read(self._child_exits, 4096)
+        workers = {worker.pid for worker in self._workers.values()}
+        for pid in child_pids():
+            if pid not in workers:
+                os.waitpid(pid, os.WNOHANG)
 
     def _serve_request(self) -> None:
         try:
@@ -258,6 +294,7 @@ class ZygoteServer:
                     os.close(fd)
             self._release_zygote_resources()
             raise_oom_score()
+            lower_descriptor_limit(self._config.descriptor_limit)
             opened = self._slots.open_again(slot) if self._slots and slot >= 0 else None
             code = _run_entry(self._config, opened, input_fd, *streams[2:])
         except InterpreterExit as request:
@@ -276,17 +313,20 @@ class ZygoteServer:
 
     def _release_zygote_resources(self) -> None:
         """Close the descriptors of the zygote and reset its signal handlers, in a child."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._socket.close()
-        os.close(self._node)
+        for fd in (self._node, self._child_exits, self._signal_fd):
+            os.close(fd)
         for pidfd in (*self._workers, *self._left):
             os.close(pidfd)
         for _, pidfd in self._reports:
             if pidfd >= 0:
                 os.close(pidfd)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         # A handler and not SIG_IGN: programs that the worker starts would inherit an ignored signal.
-        signal.signal(signal.SIGINT, _ignore_signal)
+        for number in (signal.SIGINT, *_STOP_SIGNALS):
+            signal.signal(number, _ignore_signal)
+        os.register_at_fork(after_in_child=_heed_stop_signals)
         gc.enable()
 
 
@@ -296,7 +336,14 @@ def _close(fds: list[int]) -> None:
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:
-    """Ignore Ctrl-C, which is for the program; the node stops the workers."""
+    """Ignore Ctrl-C and the signals of a service manager, which are for the program; the node stops the workers."""
+
+
+def _heed_stop_signals() -> None:
+    """Let SIGTERM end a process that a handler has forked, as `Process.terminate` of multiprocessing expects."""
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is _ignore_signal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run_entry(config: ZygoteConfig, slot: object, input_fd: int, *more: int) -> int:
@@ -310,7 +357,7 @@ def _run_entry(config: ZygoteConfig, slot: object, input_fd: int, *more: int) ->
         except FileNotFoundError:
             pass  # removed: as the program itself, the worker goes on in the directory that this process inherited
     sys.path[:] = [os.fsdecode(entry) for entry in config.sys_path]
-    name_process("stageflow-work")
+    name_process(WORKER_NAME)
     module, _, function = config.entry.partition(":")
     payload = given.payload
     del given

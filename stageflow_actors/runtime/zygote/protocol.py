@@ -16,6 +16,7 @@ __all__ = [
     "MAX_DATAGRAM_BYTES",
     "MAX_STREAMS",
     "SPAWNED",
+    "WORKER_NAME",
     "ZYGOTE_NAME",
     "InterpreterExit",
     "WorkerInput",
@@ -25,6 +26,9 @@ __all__ = [
 
 ZYGOTE_NAME = "stageflow-zyg"
 """The name of the process, as `ps -o comm` shows it."""
+
+WORKER_NAME = "stageflow-work"
+"""The same of a worker."""
 
 SPAWNED, EXITED, FAILED = range(3)
 """Kinds of report: `[kind, worker_id, pid, status or reason]`."""
@@ -52,7 +56,8 @@ class ZygoteConfig(Struct):
 
     `entry` is `module:function`, called in each worker with (payload, slot or None), and with the third of its streams
     if there is one; its return value is the exit code. `keep_fds` stay open in the zygote and its workers, but not in
-    programs that workers start. Paths are bytes, as in the operating system: a file name need not be valid text.
+    programs that workers start. `descriptor_limit` is the workers' soft limit of open files; 0 for that of the zygote.
+    Paths are bytes, as in the operating system: a file name need not be valid text.
     """
 
     socket_fd: int
@@ -64,6 +69,7 @@ class ZygoteConfig(Struct):
     slots_fd: int = -1
     slot_count: int = 0
     keep_fds: list[int] = []
+    descriptor_limit: int = 0
 
 
 class WorkerInput(Struct, array_like=True):
