@@ -23,11 +23,11 @@ MUTANTS = (
         (
             (
                 "stageflow_actors/runtime/node/coordinator.py",
-                "        try:\n            self._history.write(rows)\n",
+                "        try:\n            self._history.write(rows, self._tracebacks)\n",
                 (
                     "        acks: list[Ack] = [(i.id, i.lease, FLAG_CLOSE_GROUP, i.group) for i, _ in batch]\n"
                     "        self._broker.settle([], [], acks, [], [])\n"
-                    "        try:\n            self._history.write(rows)\n"
+                    "        try:\n            self._history.write(rows, self._tracebacks)\n"
                 ),
             ),
         ),

@@ -46,12 +46,12 @@ class FullAtFirst:
     def written(self) -> int:
         return self._writer.written
 
-    def write(self, rows: Iterable[HistoryRow]) -> None:
+    def write(self, rows: Iterable[HistoryRow], *more: Any) -> None:
         rows = list(rows)
         self.sizes.append(len(rows))
         if len(rows) > self.room:
             raise HistoryUnavailable(self._path, "the disk is full")
-        self._writer.write(rows)
+        self._writer.write(rows, *more)
 
 
 def test_after_a_write_that_failed_each_pending_row_is_written_and_acknowledged_once(
@@ -67,7 +67,7 @@ def test_after_a_write_that_failed_each_pending_row_is_written_and_acknowledged_
     with HistoryWriter.open(path, create=True) as writer, HistoryReader.open(path) as reader:
         history, broker = FullAtFirst(writer, path, 2), Broker()
         given: Any = (broker, history)
-        coordinator = Coordinator(*given, NAMING, [], None)
+        coordinator = Coordinator(*given, NAMING, [], None, fail=pytest.fail)
         coordinator.on_receive(Deliveries(NAMING.finished, items, [outcome] * len(items)))
         for _ in range(20):
             coordinator.on_receive(Flush())
