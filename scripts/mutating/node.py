@@ -64,7 +64,7 @@ MUTANTS = (
             ),
         ),
         (
-            "tests/runtime/test_retiring_workers.py::test_a_recycled_worker_whose_messages_had_all_failed_does_not_count_as_dead",
+            "tests/chaos/test_exit_policy.py::test_an_end_that_was_to_come_is_nobodys_fault_and_is_not_counted[recycled]",
             "tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[recycled]",
         ),
     ),

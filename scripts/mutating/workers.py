@@ -89,7 +89,12 @@ MUTANTS = (
                 "self._fail_stage(item, envelope, failure, 1, self._wall(), 0.0)",
             ),
         ),
-        ("tests/simulator/test_named_seeds.py::test_a_bug_found_once_is_not_found_again[unmet]",),
+        (
+            (
+                "tests/runtime/test_api_failures.py"
+                "::test_an_unmet_after_of_a_message_that_expired_before_is_the_failure_of_its_second_attempt"
+            ),
+        ),
     ),
     Mutant(
         "request-waits-for-ever",

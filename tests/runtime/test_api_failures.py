@@ -82,6 +82,20 @@ needy = (
     .add_stage(stage("o"), id="o", compensation=undo("o"), required=False, after=["a", "b"])
     .add_stage(stage("e"), id="e", compensation=undo("e"), after=["b"])
 )
+
+
+class Again:
+    """Tries everything again, also what says that it is final."""
+
+    def next_delay(self, attempt: int, error: Exception) -> float | None:
+        return 0.0 if attempt < 3 else None
+
+
+expiring = (
+    Workflow("expiring")
+    .add_stage(stage("b"), id="b", required=False)
+    .add_stage(stage("e"), id="e", after=["b"], ttl=0.1, retry=Again())
+)
 bare = Workflow("bare").add_stage(stage("d"), id="d").add_stage(stage("e"), id="e")
 
 
@@ -134,7 +148,9 @@ large_step = Workflow("large-step").add_stage(
 
 @pytest.fixture(scope="module")
 def runtime(serve: Any) -> Runtime:
-    return serve(orders, patient, needy, bare, mixed, odd, growing, large_step, config=Config(max_stage_retries=3))
+    return serve(
+        orders, patient, needy, expiring, bare, mixed, odd, growing, large_step, config=Config(max_stage_retries=3)
+    )
 
 
 number = iter(range(1000))
@@ -219,6 +235,19 @@ def test_an_unmet_required_after_fails_the_instance_and_compensates(runtime: Run
     assert result.error == "StageError: stage 'e' needs 'b' to have completed"
     assert [name for name, *_ in undid] == ["a"]
     assert statuses(result) == {"a": "compensated", "b": "failed", "o": "skipped", "e": "failed"}
+
+
+def test_an_unmet_after_of_a_message_that_expired_before_is_the_failure_of_its_second_attempt(
+    runtime: Runtime, eventually: Any
+) -> None:
+    queue = "stageflow.expiring.stage1"
+    runtime.pause(queue)
+    instance = runtime.submit(expiring, {"fail": {"b": "raise"}})
+    eventually(lambda: runtime.queues(queue)[0].oldest > 0.2, "the end of its time")
+    runtime.resume(queue)
+    result = instance.result(timeout=30)
+    assert result.error == "StageError: stage 'e' needs 'b' to have completed"
+    assert [one.attempts for one in result.stages if one.stage_id == "e"] == [2]
 
 
 def test_a_met_after_lets_the_stage_run(runtime: Runtime) -> None:

@@ -3,8 +3,8 @@
 A change of the simulator, or of the code it drives, changes the run of a seed. So each bug is also a mutant of
 `scripts/mutants.py`, which plants it again and shows that the seed named here still finds it; otherwise another seed
 must be found. Bugs that no seed finds any more are reproduced step by step in
-`tests/brokers/test_connection_accidents.py`, `tests/brokers/test_replay_accidents.py` and
-`tests/runtime/test_retiring_workers.py`.
+`tests/brokers/test_connection_accidents.py`, `tests/brokers/test_replay_accidents.py`,
+`tests/runtime/test_retiring_workers.py` and `tests/runtime/test_api_failures.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ SEEDS = {
     "greeting-twice": Seed(27, False, "a greeting that came twice took back what was delivered since"),
     "recycled": Seed(246, True, "a recycled worker whose messages had failed was charged with a death"),
     "parked-while-asked": Seed(98, False, "who waited for a parked instance was not told while its request lay unread"),
-    "unmet": Seed(20071, True, "of a stage that expired, and then lacked what it needs, one attempt was told"),
 }
 
 
