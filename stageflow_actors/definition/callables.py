@@ -139,4 +139,6 @@ def _check_arity(signature: inspect.Signature, what: str, takes: tuple[str, ...]
         stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         own = ", ".join(stars.get(p.kind, "") + p.name for p in signature.parameters.values())
         has = f"its parameters are ({own})" if own else "it has no parameters"
-        raise WorkflowDefinitionError(f"{what} does not fit: {called}, and {has}") from None
+        raise WorkflowDefinitionError(
+            f"{what} does not fit: {called}, and {has}: write it with ({', '.join(takes)})"
+        ) from None

@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # functions of other parameters
     "a predicate without parameters": (
         lambda: Stage(pay, when=lambda: True),
-        "it is called with context, and it has no parameters",
+        "it is called with context, and it has no parameters: write it with (context)",
     ),
     "a policy without the error": (
         lambda: Stage(pay, retry=Policy()),  # type: ignore[arg-type]

@@ -187,7 +187,7 @@ class DataDir:
                     who = "a Runtime of this program" if owner.program == os.getpid() else "the program"
                     raise JournalLocked(
                         f"{self.path} is in use by {who} with pid {owner.program}; connect to its cluster with "
-                        f"Runtime.connect({str(self.path)!r}), or use another data_dir",
+                        f"Runtime.connect({str(self.path)!r}), or use another data_dir (--data)",
                         data_dir=str(self.path),
                         pid=owner.program,
                     )
