@@ -34,7 +34,7 @@ from stageflow_actors.runtime.node.coordinator import Coordinator, Flush
 from stageflow_actors.runtime.node.main import _NodeListener
 from stageflow_actors.runtime.node.pool import Cancelled, Pool, Tick
 from stageflow_actors.runtime.node.pool_context import PoolContext
-from stageflow_actors.runtime.node.supervisor import queue_options
+from stageflow_actors.runtime.node.supervisor import IDLE_TICK_INTERVAL, queue_options
 from stageflow_actors.runtime.worker import main as worker_module
 from stageflow_actors.runtime.worker.mailbox import Mailbox
 from stageflow_actors.runtime.zygote.handle import Exited, Spawned
@@ -318,6 +318,7 @@ class VirtualNode:
         self.notices: list[str] = []
         self._new_pid = new_pid
         self._untold: dict[int, int] = {}
+        self._ticks = 0
         self._listener = _WatchedListener(deaths)
         self.client = _NodeClient(broker, self._listener, peer=new_pid(), role="supervisor", name="node")
         self.client.deaths = deaths
@@ -421,10 +422,12 @@ class VirtualNode:
         if self.dead:
             return
         tick = Tick()
+        self._ticks += 1
+        idle_too = self._ticks % IDLE_TICK_INTERVAL == 0
         for queue, pool in self.pools.items():
             while not pool.actor_inbox.empty():
                 pool.on_receive(pool.actor_inbox.get().message)
-            if self.pool_context.is_active(queue):
+            if idle_too or self.pool_context.is_active(queue):
                 pool.on_receive(tick)
         self.coordinator.on_receive(Flush())
         self.world.after(TICK, self._tick)

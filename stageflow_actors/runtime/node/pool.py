@@ -125,12 +125,12 @@ class Pool(pykka.ThreadingActor):
         self._update_active()
 
     def _update_active(self) -> None:
-        is_incomplete = len(self._workers) != self._target_workers and not self._shutting_down
+        missing = self._target_workers - len(self._workers)
+        is_incomplete = missing and (missing < 0 or self._starts.is_due(time.monotonic())) and not self._shutting_down
         # With a memory limit the pool is always active: an idle worker can be above the limit too.
         if (
             self._spec.max_memory
             or is_incomplete
-            or self._starts.needs_ticks
             or any(w.cancelled or w.retiring or w.report_due_since or w.report_fd >= 0 for w in self._workers.values())
         ):
             self._context.active.add(self._spec.queue)

@@ -19,15 +19,14 @@ from stageflow_actors.runtime.node.worker_handle import WorkerHandle
 
 __all__ = ["PoolStarts"]
 
+IDLE_TICK_SECONDS = 1.0
+"""Time between two ticks of an idle pool."""
 SLOW_SECONDS = 2.0
 """Time after which a pool without a ready worker is reported as starting, with the step that is not finished."""
 
 
 class PoolStarts:
-    """The starts of one pool. All times are monotonic, in seconds.
-
-    - `needs_ticks`: a try is due, or the pool is reported as failing or starting
-    """
+    """The starts of one pool. All times are monotonic, in seconds."""
 
     def __init__(self, spec: PoolSpec, context: PoolContext) -> None:
         self._spec = spec
@@ -37,10 +36,9 @@ class PoolStarts:
         self._next_start_at = 0.0
         self._reported = False
 
-    @property
-    def needs_ticks(self) -> bool:
-        """True if time changes something: a try is due, or the broker has a report that will be outdated."""
-        return bool(self._back_off.failures or self._cause is not None or self._reported)
+    def is_due(self, now: float) -> bool:
+        """Return True if a worker may be started before the next tick that idle pools get too."""
+        return self._back_off.not_before - now < IDLE_TICK_SECONDS
 
     def may_start(self, workers: Collection[WorkerHandle], now: float) -> bool:
         """Return True if a worker may be started now.
