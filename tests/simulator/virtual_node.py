@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from virtual_starts import UNLOADABLE, Starts
 from worker_parts import make_executor
 
 from stageflow_actors.core.plan import Naming, WorkflowPlan
+from stageflow_actors.core.tracebacks.references import find_references, with_tracebacks
 from stageflow_actors.errors import StageFlowError
 from stageflow_actors.history.errors import HistoryUnavailable
 from stageflow_actors.history.rows import HistoryRow
@@ -59,12 +60,17 @@ class History:
         self.crimes: list[str] = []
         self.full = False
         self.written = 0
+        self._tracebacks: dict[bytes, bytes] = {}
 
-    def write(self, rows: list[HistoryRow]) -> None:
-        """As `HistoryWriter.write`."""
+    def write(self, rows: list[HistoryRow], tracebacks: Mapping[bytes, bytes]) -> None:
+        """As `HistoryWriter.write`; rows are kept as `HistoryReader` returns them."""
         if self.full:
             raise HistoryUnavailable(Path("history"), "the disk is full")
-        for row in rows:
+        self._tracebacks.update(tracebacks)
+        for written in rows:
+            row = written
+            if find_references(row.outcome):
+                row = row._replace(outcome=with_tracebacks(row.outcome, self._tracebacks))
             known = self.rows.get(row.instance_id)
             if known is not None and known.epoch == row.epoch and known.outcome != row.outcome:
                 self.crimes.append(f"{row.instance_id} has ended twice: {known.status}, then {row.status}")
