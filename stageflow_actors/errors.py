@@ -89,7 +89,7 @@ def _is_installed(file: str) -> bool:
     return (
         file.startswith((_PACKAGE, _STANDARD_LIBRARY))
         or "-packages" + os.sep in file
-        or (os.path.dirname(file) == os.path.dirname(sys.executable))
+        or (bool(sys.executable) and os.path.dirname(file) == os.path.dirname(sys.executable))
         or f"{os.sep}stageflow_brokers{os.sep}" in file
     )
 

@@ -73,6 +73,25 @@ def test_a_cluster_works_whatever_signals_its_program_ignores_or_blocks(
     assert ended.status == 0
 
 
+def test_a_node_that_has_just_died_does_not_end_a_program_with_the_default_action_of_sigpipe(
+    run_program: Callable[..., Ended],
+) -> None:
+    ended = run_program(
+        """
+        import socket
+        from stageflow_actors.runtime.ipc.control_channel import Channel, Scale
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        try:
+            Channel(ours).send(Scale("queue", 1))
+        except OSError as error:
+            print(type(error).__name__)
+        """
+    )
+    assert ended.lines == ["BrokenPipeError"], ended
+
+
 def test_a_program_that_awaits_a_signal_receives_it(run_program: Callable[..., Ended]) -> None:
     """No thread of the runtime takes a signal that the program has blocked after the start."""
     ended = run_program(

@@ -118,7 +118,8 @@ class Channel:
         """Send a message. Raises `OSError` if the other side has closed."""
         data = msgspec.msgpack.encode(message)
         with self._lock:
-            self.connection.sendall(_LENGTH.pack(len(data)) + data)
+            # SIGPIPE would end a program that has given it its default action.
+            self.connection.sendall(_LENGTH.pack(len(data)) + data, socket.MSG_NOSIGNAL)
 
     def receive(self) -> Command | Report | None:
         """Wait for the next message and return it; None if the other side has closed."""
