@@ -91,9 +91,7 @@ def up(tmp_path: Path) -> Iterator[Up]:
     up.close()
 
 
-@pytest.mark.parametrize(
-    "numbers", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGHUP)]
-)
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGHUP)])
 def test_signals_to_all_processes_at_once_stop_a_cluster_after_the_stage_in_work(
     up: Up, numbers: tuple[signal.Signals, ...]
 ) -> None:
