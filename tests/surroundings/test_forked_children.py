@@ -48,7 +48,7 @@ def fork(work):
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    threading.Timer(30, os._exit, [9]).start()
+    threading.Timer(100, os._exit, [9]).start()
     try:
         work()
         sys.stdout.flush()

@@ -29,7 +29,7 @@ def zombies():
     return [p.name() for p in psutil.process_iter() if p.status() == psutil.STATUS_ZOMBIE]
 
 def settle(what):
-    for _ in range(400):
+    for _ in range(1500):
         left = processes("sleep")
         if not left and zombies() == ["sh"]:
             break

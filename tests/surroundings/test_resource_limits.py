@@ -16,7 +16,7 @@ from own_programs import Ended
 RUN = """
 import resource, threading
 
-threading.Thread(target=lambda: (time.sleep(60), print("STILL WAITING", flush=True), os._exit(3)), daemon=True).start()
+threading.Thread(target=lambda: (time.sleep(105), print("STILL WAITING", flush=True), os._exit(3)), daemon=True).start()
 
 def fill(left):
     taken = [os.open("/dev/null", 0)]
