@@ -73,7 +73,8 @@ class Client:
     Every process of the host can do so while a runtime serves the data directory. `Runtime` is a client;
     `Runtime.connect` returns one for another process. Safe for use by several threads; each iterator is for one thread.
     Calls wait up to 60 seconds for an answer of the broker, restarts of it included, and raise `BrokerUnavailable`
-    after that.
+    after that. They also raise it in a forked child of the process that opened the client, as in a process pool that
+    forks: the child calls `Runtime.connect`. Leaving a `with` block there has no effect on the cluster.
 
     Example:
         >>> import tempfile
