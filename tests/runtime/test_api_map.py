@@ -24,6 +24,7 @@ from stageflow_actors import (
     StageContext,
     Workflow,
 )
+from stageflow_actors.runtime.client import map_iterator
 from stageflow_actors.runtime.client.map_iterator import SLOW_PULL_SECONDS
 
 
@@ -119,8 +120,11 @@ def test_an_input_without_end_is_taken_as_far_as_it_is_asked_for(runtime: Runtim
     runtime.drain(timeout=30)
 
 
-def test_results_are_given_while_a_slow_input_ponders(runtime: Runtime) -> None:
+def test_results_are_given_while_a_slow_input_ponders(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The input gives its next item only when the result of the one before has been seen."""
+    # The wait for a result has to be long enough for a machine that is busy.
+    monkeypatch.setattr(map_iterator, "RESULT_WAIT_SHARE", 20.0)
+    monkeypatch.setattr(map_iterator, "MAX_RESULT_WAIT_SECONDS", 20.0)
     seen = threading.Event()
 
     def contexts() -> Iterator[dict[str, int]]:

@@ -85,7 +85,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
         self._pulled = 0
         self._next = 0
         self._exhausted = False
-        self._result_wait = 0.0
+        self._next_pull_at = 0.0
         self._duplicates: dict[str, list[int]] = {}
         self._duplicate_count = 0
         self._retried: dict[str, int] = {}
@@ -117,10 +117,11 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
             if self._unsent:
                 self._probe()
             if not self._exhausted and not self._unsent and self._has_room():
-                if self._result_wait and self._index:
-                    seconds, self._result_wait = self._result_wait, 0.0
-                    self._event.wait(seconds)
+                left = self._next_pull_at - time.monotonic() if self._next_pull_at and self._index else 0.0
+                if left > 0:
+                    self._event.wait(left)
                 else:
+                    self._next_pull_at = 0.0
                     self._pull()
             elif self._exhausted and not self._index and not self._ready and not self._arrived:
                 self.close()
@@ -244,7 +245,7 @@ class MapIterator(Iterator[WorkflowResult[C]], Generic[C]):
                     break
                 took = time.perf_counter() - began
                 if took > SLOW_PULL_SECONDS:
-                    self._result_wait = min(took * RESULT_WAIT_SHARE, MAX_RESULT_WAIT_SECONDS)
+                    self._next_pull_at = time.monotonic() + min(took * RESULT_WAIT_SHARE, MAX_RESULT_WAIT_SECONDS)
                     break
             else:
                 self._exhausted = True
