@@ -108,7 +108,6 @@ class Judgement:
                 result,
                 cancelled="|".join(why),
                 deaths=self.run.deaths.most,
-                again=job.again,
                 wider=self.run.wider,
             )
             self._expired_truly(job, row.epoch, result)

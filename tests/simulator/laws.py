@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from constructs_plans import Each, Pace, Part, Plan, Together, parts_of
@@ -37,11 +36,10 @@ class Given(NamedTuple):
     kept: Any
 
 
-def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: int, again: int, wider: Wider) -> None:
+def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: int, wider: Wider) -> None:
     """Whatever happened to the instance: what its result says fits together.
 
-    `cancelled` is why it may have been, "" where it was not; `deaths` how many workers a message may end; `again` how
-    often it was retried or restarted: a retry runs failed compensations again, after those that succeeded.
+    `cancelled` is why it may have been, "" where it was not; `deaths` how many workers a message may end.
     """
     told_by = _Reasons(cancelled, wider)
     parts = {part.name: part for place in plan.places for part in parts_of(place)}
@@ -64,15 +62,21 @@ def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: 
             if name in parts and parts[name].undone and str(stage.status) in ("completed", "compensated")
         }
         assert due - {name for name, _ in told} == set(), "what has completed is compensated"
-        assert {name for name, _ in told} - due <= maps, "and nothing else, but the items of a map that were done"
+        broken = {
+            name: stage.error
+            for name, stage in stages.items()
+            if name in parts and stage.status == "failed" and stage.error
+        }
+        unsure = {name for name in broken if parts[name].uncertain and parts[name].undone and parts[name].required}
+        ended = {name for name, error in broken.items() if re.match(f"{DIED}|{TIMED_OUT}", error)}
+        assert (unsure & ended) - maps <= {name for name, _ in told}, (
+            f"{unsure & ended} may have had an effect; compensated: {told}"
+        )
+        assert {name for name, _ in told} - due <= maps | unsure, "and nothing else, but the items of a map"
         assert (status == "compensation_failed") == bool(failed)
         assert status != "compensated" or told
         assert status != "failed" or not told
-        order = [part.name for place in plan.places for part in parts_of(place)]
-        at = [order.index(name) for name, _ in told]
-        groups = [_place_of(plan, order[index]) for index in at]
-        rises = sum(one < other for one, other in pairwise(groups))
-        assert rises <= again, "in reverse of completion, in each run"
+        in_order(plan, result, unsure - due - maps)
         if result.failed_stage is None:
             assert re.fullmatch(cancelled, result.error), result.error
         elif result.failed_stage in parts:
@@ -90,6 +94,19 @@ def be_true(plan: Plan, result: WorkflowResult[Any], *, cancelled: str, deaths: 
     for one in result.compensations:
         if one.error is not None:
             told_by.check(parts[one.stage_id], one.error, undone=True)
+
+
+def in_order(plan: Plan, result: WorkflowResult[Any], unsure: set[str]) -> None:
+    """In each run: first the compensations of stages that have not completed, then in reverse of completion."""
+    records = result._outcome_read().compensations
+    reruns = [record.rerun for record in records]
+    assert reruns == sorted(reruns)
+    for rerun in set(reruns):
+        names = [record.stage_id for record in records if record.rerun == rerun]
+        first = [name in unsure for name in names]
+        assert first == sorted(first, reverse=True), f"{unsure} come first in {names}"
+        groups = [_place_of(plan, name) for name in names if name not in unsure]
+        assert groups == sorted(groups, reverse=True), "in reverse of completion"
 
 
 def _tried_enough(part: Part, attempts: int, deaths: int) -> None:
@@ -186,7 +203,7 @@ def undone_backwards(effects: Iterable[Effect]) -> None:
     seen: set[tuple[object, ...]] = set()
     runs: Counter[str] = Counter()
     for effect in effects:
-        runs[effect.instance] += effect.word == "restarted"
+        runs[effect.instance] += effect.word in ("restarted", "retried")
         if effect.word != "undid" or "[" not in str(effect.what[0]):
             continue
         name, _, number = str(effect.what[0]).rstrip("]").partition("[")
@@ -259,5 +276,5 @@ def served(effects: Iterable[Effect], answered: Iterable[tuple[str, str]]) -> No
     assert not missing, f"nobody has worked for {missing}"
 
 
-__all__ = ["Effect", "Given", "be_true", "expired_truly", "given_truly", "not_done_over", "not_hurried", "paces_of"]
-__all__ += ["served", "undone_backwards"]
+__all__ = ["Effect", "Given", "be_true", "expired_truly", "given_truly", "in_order", "not_done_over", "not_hurried"]
+__all__ += ["paces_of", "served", "undone_backwards"]

@@ -28,7 +28,7 @@ from virtual_program import Job, VirtualProgram
 from virtual_starts import Starts
 from virtual_waits import Waits
 from virtual_world import World
-from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen_workflow
+from wider_plans import NOBODY, PATIENT, PLAIN, endpoints, nothing, widen, widen_workflow, with_uncertain
 
 from stageflow_actors import Workflow
 from stageflow_actors.core.envelope import decode_outcome, decode_trail
@@ -96,6 +96,9 @@ class Simulation:
             asking, waiting = chance.choice(((True, False), (False, True), (True, True)))
             for name, plan in self.plans.items():
                 self.plans[name] = widen(chance, plan, self.wider, asking=asking, waiting=waiting, wild=self.wild)
+        if self.wild:
+            for name, plan in self.plans.items():
+                self.plans[name] = with_uncertain(Random(f"uncertain {self.seed} {name}"), plan)
         workflows = {}
         for name, plan in self.plans.items():
             workflows[name] = build(plan, name, at_most=self.at_most, **options)

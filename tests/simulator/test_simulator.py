@@ -12,6 +12,9 @@ from collections import Counter
 import pytest
 from simulation import Simulation, simulate
 
+from stageflow_actors.core.envelope import decode_outcome
+from stageflow_actors.core.routing import uncertain_stages
+
 TAME, WILD = range(160), range(160)
 PART = 40
 
@@ -38,11 +41,17 @@ def test_a_seed_is_one_run_and_no_other() -> None:
 def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
     accidents: Counter[str] = Counter()
     ends: Counter[str] = Counter()
+    undone: Counter[str] = Counter()
     for seed in range(200, 240):
         ran: Simulation = simulate(seed, wild=True)
         accidents.update(ran.tally())
         ends.update(row.status for row in ran.history.rows.values())
         ends.update("parked" for job in ran.jobs if job.parked)
+        for row in ran.history.rows.values():
+            outcome = decode_outcome(row.outcome)
+            names = {record.stage_id for record in outcome.compensations}
+            undone["of unknown effect"] += bool(names.intersection(uncertain_stages(outcome.trail)))
+            undone["by a retry"] += any(record.rerun for record in outcome.compensations)
     assert set(accidents) == {
         "kill",
         "_kill_broker_in_a_call",
@@ -67,4 +76,5 @@ def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
         "a message has expired",
         "a worker could not start",
     }
+    assert min(undone.values()) > 0, undone
     assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

@@ -77,6 +77,24 @@ def widen(chance: Random, plan: Plan, wider: Wider, *, asking: bool, waiting: bo
     return plan._replace(places=tuple(_as_told(place, wider) for place in plan.places))
 
 
+def with_uncertain(chance: Random, plan: Plan) -> Plan:
+    """The plan with some of its stages undone also where their effect is unknown."""
+
+    def drawn(part: Part) -> Part:
+        return part._replace(uncertain=chance.random() < 0.5)
+
+    def changed(place: Place) -> Place:
+        if isinstance(place, Part):
+            return drawn(place)
+        if isinstance(place, Together):
+            return place._replace(branches=tuple(map(drawn, place.branches)))
+        if isinstance(place, Choice):
+            return place._replace(arms={key: tuple(map(drawn, arm)) for key, arm in place.arms.items()})
+        return place._replace(stage=drawn(place.stage)) if isinstance(place, Each) else place
+
+    return plan._replace(places=tuple(map(changed, plan.places)))
+
+
 def _ask(chance: Random, followed: bool, wild: bool) -> Ask:
     how: How = chance.choice(("remote", "request", "request", "next"))
     troubles: dict[How, tuple[Trouble, ...]] = {
@@ -300,4 +318,4 @@ def as_plain(outcome: bytes, asks: Iterable[str]) -> bytes:
 
 
 __all__ = ["LONG", "NOBODY", "PATIENT", "PLAIN", "SHORT", "Ask", "Wider", "as_plain", "endpoints", "giver", "nothing"]
-__all__ += ["widen", "widen_workflow"]
+__all__ += ["widen", "widen_workflow", "with_uncertain"]

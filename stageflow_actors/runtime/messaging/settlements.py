@@ -153,8 +153,8 @@ def park_undecodable(item: DeliveryItem, place: str, workflow_id: str, version: 
     start.
     """
     text = (
-        f"{place} of workflow {workflow_id!r} version {version} cannot decode its data with the code that runs now: "
-        f"{error}; nothing is compensated, and the instance continues here after a runtime has started with code that "
+        f"{error}; {place} of workflow {workflow_id!r} version {version} cannot decode its data with the code that "
+        "runs now: nothing is compensated, and the instance continues here after a runtime has started with code that "
         "can decode it"
     )
     kind, error_type = UNDECODABLE
