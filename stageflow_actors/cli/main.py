@@ -7,6 +7,7 @@ only: `--help` answers at once. No command decides anything about a workflow.
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Sequence
 
@@ -84,6 +85,11 @@ def _use_text_type(command: click.Command) -> None:
 _use_text_type(cli)
 
 
+_NUMBERS = {"integer": "a whole number", "float": "a number"}
+_KINDS_OF_CLICK = re.compile(r"a valid (integer|float)(?: range)?\b")
+"""The names of click for numbers; ours."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `stageflow` with `arguments` (None: those of the process) and return its exit code."""
     occupy_standard_descriptors()  # a file that gets the number 2 would receive error messages
@@ -96,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "stageflow"
-        _print_error(f"{path}: {_lower_first(error.format_message())} (see `{path} --help`)")
+        text = _KINDS_OF_CLICK.sub(lambda kind: _NUMBERS[kind[1]], _lower_first(error.format_message()))
+        _print_error(f"{path}: {text} (see `{path} --help`)")
         return 2
     except click.ClickException as error:
         _print_error(f"stageflow: {error.format_message()}")

@@ -80,3 +80,19 @@ def test_a_misspelt_key_names_the_field_that_is_meant(command: Any, shop: Path) 
     done = command("run", shop / "shop_m.py:orders", "--input", shop / "in.jsonl", "--key", "orderid")
     assert done.returncode == 1
     assert "in.jsonl line 1: has no 'orderid' (did you mean 'order_id'?), the field of --key" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("scale", "orders", "price", "many"), "invalid value for 'N': 'many' is not a whole number"),
+        (("instances", "list", "--limit", "x"), "invalid value for '--limit': 'x' is not a whole number"),
+        (("queue", "watch", "--interval", "x"), "invalid value for '--interval': 'x' is not a number"),
+    ],
+)
+def test_a_word_in_place_of_a_number_is_refused_in_plain_words(
+    stageflow: Stageflow, arguments: tuple[str, ...], said: str
+) -> None:
+    code, out, err = stageflow(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
