@@ -251,4 +251,33 @@ MUTANTS = (
         ),
         ("tests/testing/test_in_process_tracebacks.py::test_a_traceback_does_not_count_in_max_message_bytes[last]",),
     ),
+    Mutant(
+        "uncertain-forgotten",
+        "an attempt whose effect is unknown is forgotten when the next attempt fails in another way",
+        (
+            (
+                "stageflow_actors/runtime/worker/executors/base.py",
+                '            RememberedSteps(self._store(item), item).keep(UNCERTAIN_MARK, b"")\n',
+                "            pass\n",
+            ),
+        ),
+        ("tests/testing/test_in_process_uncertain.py::test_an_earlier_attempt_of_unknown_effect_counts_too",),
+    ),
+    Mutant(
+        "retry-undoes-twice",
+        "a retry of failed compensations also runs those again that succeeded",
+        (
+            (
+                "stageflow_actors/core/routing.py",
+                "    failed = [record.stage_id for record in done if record.status == StageStatus.failed]\n",
+                "    failed = [record.stage_id for record in done]\n",
+            ),
+        ),
+        (
+            (
+                "tests/constructs/test_compensation_retry.py"
+                "::test_the_failed_compensations_run_again_in_their_order_until_all_have_succeeded"
+            ),
+        ),
+    ),
 )
