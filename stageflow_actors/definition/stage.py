@@ -571,7 +571,7 @@ def _own_compensation(spec: HandlerSpec) -> Compensation:
     """Return the compensation that an object or class handler has as its method `compensate`."""
     made = Compensation.__new__(Compensation)
     made.function, made.spec = spec.function, spec
-    made.timeout, made.retry, made.actors = 60.0, None, 1
+    made.timeout, made.retry, made.actors, made.when_uncertain = 60.0, None, 1, False
     return made
 
 

@@ -241,3 +241,19 @@ def test_a_result_that_holds_itself_fails_its_stage_with_a_reason() -> None:
     error = run(Workflow("flow").add_stage(circle, id="s"), {}).error
     assert error is not None
     assert "the result of stage 's': value[0] refers to itself" in error
+
+
+def test_an_object_with_compensate_is_undone_by_it() -> None:
+    class Pay:
+        def execute(self, order: dict[str, Any]) -> None:
+            order["paid"] = True
+
+        def compensate(self, order: dict[str, Any]) -> None:
+            order["paid"] = False
+
+    def fails(order: dict[str, Any]) -> None:
+        raise ValueError("boom")
+
+    for handler in (Pay, Pay()):
+        result = run(Workflow("flow").add_stage(handler, id="pay").add_stage(fails), {})
+        assert (result.status, result.context) == ("compensated", {"paid": False})
