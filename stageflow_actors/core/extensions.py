@@ -19,11 +19,13 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import msgspec
+from msgspec import Raw
 from msgspec.msgpack import Ext
 
 __all__ = [
     "BUILTIN_TYPES",
     "PLAIN_EXT",
+    "REPLY_EXT",
     "convert",
     "dec_hook",
     "decode_any",
@@ -35,6 +37,7 @@ __all__ = [
     "loose_form",
     "number_of",
     "plain_form",
+    "read_reply",
     "to_wire",
     "with_extensions",
 ]
@@ -47,6 +50,9 @@ PLAIN_EXT = 3
 DECIMAL_EXT, UUID_EXT, DATE_EXT, TIMEDELTA_EXT, TUPLE_EXT, SET_EXT, FROZENSET_EXT, PATH_EXT, PAIRS_EXT = range(4, 13)
 """Values that describe themselves, in results and messages of an annotated type."""
 
+REPLY_EXT = 13
+"""A reply with the name of its endpoint, whose annotation decides its type."""
+
 _BYTES = (bytes, bytearray, memoryview)
 
 BUILTIN_TYPES = (datetime, time, *_BYTES)
@@ -56,6 +62,8 @@ _DESCRIBED = (datetime, time, date, timedelta, Decimal, UUID, *_BYTES)
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_moment = msgspec.msgpack.Decoder(tuple[str, int, int | None, str | None]).decode
+_unpack_reply = msgspec.msgpack.Decoder(tuple[str, Raw]).decode
+_unpack_ext = msgspec.msgpack.Decoder(Ext).decode
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -96,6 +104,8 @@ def ext_hook(code: int, data: memoryview) -> Any:
     """Return the value of an extension."""
     if code == PLAIN_EXT:
         return decode_any(bytes(data))
+    if code == REPLY_EXT:
+        return decode_any(_unpack_reply(data)[1])
     if code == DATETIME_EXT:
         text, fold, offset, name = _unpack_moment(data)
         return datetime.fromisoformat(text).replace(tzinfo=_zone(offset, name), fold=fold)
@@ -285,6 +295,15 @@ def loose_form(value: Any) -> Any:
 
 
 _WITH_PLAIN_FORM = frozenset({datetime, date, time, timedelta, Decimal, UUID})
+
+
+def read_reply(data: Raw) -> tuple[str | None, Raw]:
+    """Return the endpoint of a reply and the reply; None for the endpoint of other data."""
+    try:
+        tagged = _unpack_ext(data)
+        return _unpack_reply(tagged.data) if tagged.code == REPLY_EXT else (None, data)
+    except msgspec.MsgspecError:
+        return None, data
 
 
 def _decode_text(data: memoryview) -> str:

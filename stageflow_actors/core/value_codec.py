@@ -13,18 +13,21 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 from msgspec import Raw
+from msgspec.msgpack import Ext
 
 from stageflow_actors.core import extensions
 from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value, is_kept, reword_error
 from stageflow_actors.core.exact_types import is_plain
 from stageflow_actors.core.extensions import (
     PLAIN_EXT,
+    REPLY_EXT,
     decode_any,
     describe,
     encode,
     keep_as_plain,
     loose_form,
     plain_form,
+    read_reply,
 )
 from stageflow_actors.core.roundtrip import find_difference, find_unencodable
 from stageflow_actors.definition.type_hints import needs_type
@@ -35,10 +38,13 @@ __all__ = [
     "UndecodableData",
     "ValueCodec",
     "decode_context",
+    "decode_payload",
     "decode_result",
     "encode_message",
     "find_undecodable",
+    "reply_place",
     "result_codec",
+    "tag_reply",
 ]
 
 _OPEN_DICTS = (dict[str, Any], dict[str, object])
@@ -251,6 +257,24 @@ def result_codec(codec: ContextCodec[Any], stage_id: str) -> ValueCodec:
 def decode_result(codec: ContextCodec[Any], stage_id: str, data: bytes | Raw) -> Any:
     """Return the result of a stage, of its annotated type."""
     return result_codec(codec, stage_id).decode(data)
+
+
+def reply_place(endpoint: str) -> str:
+    """Return the name under which a codec knows the type of an endpoint's replies. No stage id contains a colon."""
+    return f"endpoint:{endpoint}"
+
+
+def tag_reply(codec: ContextCodec[Any], endpoint: str, data: Raw) -> Raw:
+    """Return a reply with the name of its endpoint, if the codec knows its type, for `decode_payload`."""
+    if reply_place(endpoint) not in codec.result_types or bytes(data) == _NIL:
+        return data
+    return Raw(encode(Ext(REPLY_EXT, encode((endpoint, Raw(data))))))
+
+
+def decode_payload(codec: ContextCodec[Any], data: Raw) -> Any:
+    """Return the payload of a stage: a reply of the annotated type of its endpoint, if it is known."""
+    endpoint, reply = read_reply(data)
+    return decode_value(reply) if endpoint is None else decode_result(codec, reply_place(endpoint), reply)
 
 
 def decode_context(codec: ContextCodec[Any], data: bytes | Raw) -> Any:

@@ -263,8 +263,8 @@ class Stage:
         id: Letters, digits, '-', '_' and '.', unique in the workflow. Default: made of the handler's name
             (`charge_card` becomes `charge-card`); a lambda in a workflow is called `stage-N`.
         compensation: What undoes the stage: a function, a class or object with a method `compensate` (or else
-            `execute`), or a `Compensation`. Default: the method `compensate` of the
-            handler, if it has one.
+            `execute`), or a `Compensation`. None, the default, is the method `compensate` of the handler, or else no
+            compensation. Pass the function itself: the result of a call such as `refund({})` is often None.
         retry: Policy for failed attempts. Default: that of the workflow, or else one attempt; the death of a worker is
             retried at once in any case, up to `Config.max_stage_retries` times.
         timeout: Seconds (or a `timedelta`) for one attempt. Default: `stage_timeout` of the workflow, or else no

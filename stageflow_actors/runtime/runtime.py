@@ -481,6 +481,7 @@ class Runtime(Client):
                     max_deaths=self.config.max_stage_retries,
                     interceptors=self.interceptors,
                     script=script,
+                    endpoints=self._endpoints,
                 )
             )
             self._local.workflows[(workflow.id, workflow.version)] = WorkflowRef(

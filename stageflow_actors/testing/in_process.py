@@ -310,7 +310,7 @@ class _Instance(Generic[C]):
         )
         context = workflow.context
         self._executors: dict[str, AnyExecutor] = {}
-        for program, planned in stage_codes(workflow, plan):
+        for program, planned in stage_codes(workflow, plan, endpoints):
             program.interceptors = tuple(interceptors)
             self._executors[planned.queue] = EXECUTORS[planned.kind](program, plan, environment)
         for stage in endpoints:

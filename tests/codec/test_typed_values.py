@@ -20,7 +20,7 @@ import orjson
 import pydantic
 import pytest
 
-from stageflow_actors import InvalidContext, Replace, Retry, StageContext, Workflow, WorkflowDefinitionError
+from stageflow_actors import InvalidContext, Replace, Retry, Stage, StageContext, Workflow, WorkflowDefinitionError
 from stageflow_actors.core.codec import ContextCodec, decode_value, json_view
 from stageflow_actors.core.schema import SchemaCodec, derive_schema, key_reader
 from stageflow_actors.core.value_codec import UNTYPED, ValueCodec, encode_message
@@ -275,6 +275,49 @@ def test_every_value_of_a_workflow_is_typed_by_its_annotation() -> None:
     assert result.success, result.error
     expected = [Receipt("a", Decimal("1.50")), None, Decimal("3.00"), [(Decimal(2), 2), (Decimal(4), 4)], {"s"}]
     assert [stage.data for stage in result.stages] == expected
+
+
+def test_a_reply_arrives_as_the_type_that_its_endpoint_is_annotated_with() -> None:
+    seen: list[Any] = []
+
+    def ask(order: dict[str, Any], ctx: StageContext) -> Any:
+        return ctx.request(order["of"], 2)
+
+    def use(order: dict[str, Any], ctx: StageContext) -> None:
+        seen.append(ctx.payload)
+        raise OSError
+
+    def receipt(number: int) -> Receipt:
+        return Receipt("a", Decimal(number))
+
+    def receipts(number: int) -> list[Receipt] | None:
+        return [Receipt("b")] * number
+
+    def none(number: int) -> Receipt | None:
+        return None
+
+    def wrong(number: int) -> Receipt:
+        return {"other": number}  # type: ignore[return-value]
+
+    def plain(number: int):  # type: ignore[no-untyped-def]
+        return Receipt("c")
+
+    flow = Workflow("w", on_failure="park").add_stage(ask).add_delay("rest", 1)
+    flow.add_branch("way", lambda order: "a", {"a": [Stage(use, retry=Retry.fixed(2, 0))]})
+    endpoints = {"receipt": receipt, "receipts": receipts, "none": none, "wrong": wrong, "plain": plain}
+    expected = {
+        "receipt": Receipt("a", Decimal(2)),
+        "receipts": [Receipt("b"), Receipt("b")],
+        "none": None,
+        "wrong": {"other": 2},
+        "plain": {"id": "c", "amount": "1"},
+    }
+    for name, payload in expected.items():
+        run(flow, {"of": name}, endpoints=endpoints)
+        assert seen == [payload, payload], name
+        seen.clear()
+    last = run(Workflow("last").add_stage(ask), {"of": "receipt"}, endpoints=endpoints)
+    assert last.stages[0].data == {"id": "a", "amount": "2"}, "the result of the stage, which has no annotation"
 
 
 def double(amount: Decimal) -> tuple[Decimal, int]:

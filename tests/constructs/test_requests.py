@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,7 +47,18 @@ def stock(command: dict[str, Any], ctx: StageContext) -> Any:
     return {"left": command.get("n", 0) - 1}
 
 
+@dataclass
+class Offer:
+    sku: str
+    price: Decimal
+
+
+def offer(command: dict[str, Any]) -> Offer:
+    return Offer(command["sku"], Decimal("9.90"))
+
+
 ENDPOINTS = {
+    "offer": offer,
     "stock": (stock, {"actors": 3}),
     "patient": (stock, {"retry": Retry.fixed(3, 0)}),
     "quick": (stock, {"timeout": 0.3}),
@@ -98,6 +111,21 @@ def test_every_attempt_of_the_next_stage_has_the_reply(execute: Any) -> None:
     result = execute(asking, {"command": {"n": 5}, "use": "raise once"})
     assert (result.status, result.context["got"]) == ("completed", {"left": 4})
     assert done(result.instance_id) == ["before", "ask", "use", "use"]
+
+
+def test_a_reply_is_of_the_type_that_its_endpoint_is_annotated_with_in_every_attempt(execute: Any) -> None:
+    result = execute(typed, {"endpoint": "offer", "command": {"sku": "TEA"}})
+    assert (result.status, result.error) == ("completed", None)
+    assert stage_of(result, "haggle").data == "Offer(sku='TEA', price=Decimal('9.90'))"
+
+
+def haggle(context: dict[str, Any], ctx: StageContext) -> str:
+    if ctx.attempt == 1:
+        raise ValueError("too much")
+    return repr(ctx.payload)
+
+
+typed = Workflow("typed").add_stage(ask).add_delay("rest", 0.01).add_stage(haggle, retry=Retry.fixed(2, 0))
 
 
 def test_next_hands_a_message_straight_on(execute: Any) -> None:

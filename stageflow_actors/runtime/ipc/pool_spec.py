@@ -23,6 +23,7 @@ from stageflow_actors.core.plan import (
     WorkflowPlan,
     breaker_of,
 )
+from stageflow_actors.core.value_codec import reply_place
 from stageflow_actors.definition.handler import HandlerSpec
 from stageflow_actors.definition.kept_types import check_kept
 from stageflow_actors.definition.pickling import Script, dumps
@@ -192,13 +193,14 @@ def pool_specs(
     max_deaths: int = 0,
     interceptors: Sequence[Any] = (),
     script: Script | None = None,
+    endpoints: Sequence[Stage] = (),
 ) -> list[PoolSpec]:
-    """Return the pools that run a workflow.
+    """Return the pools that run a workflow. `endpoints` are those whose replies its stages may receive.
 
     Raises `WorkflowDefinitionError` for code that cannot be pickled.
     """
     specs = []
-    for program, planned in stage_codes(workflow, plan):
+    for program, planned in stage_codes(workflow, plan, endpoints):
         if program.stage is not None:
             taken = program.stage.spec.services_among(services)
             program.services = select_services([name for name in services if name in taken], services)
@@ -371,9 +373,15 @@ def endpoint_code(
     return StageCode("endpoint", 1, dict, stage.id, stage, parts, taken), plan
 
 
-def stage_codes(workflow: Workflow[Any], plan: WorkflowPlan) -> Iterator[tuple[StageCode, StagePlan]]:
-    """Yield the code of each place that has a pool, without services."""
+def stage_codes(
+    workflow: Workflow[Any], plan: WorkflowPlan, endpoints: Sequence[Stage] = ()
+) -> Iterator[tuple[StageCode, StagePlan]]:
+    """Yield the code of each place that has a pool, without services.
+
+    `endpoints` are those whose replies its stages may receive.
+    """
     types = result_types(workflow)
+    types |= {reply_place(endpoint.id): resolvable(return_type(endpoint.spec.function)) for endpoint in endpoints}
     current = {stage.id: stage for stage in workflow.stages}
     steps = {step.id: step for step in workflow.steps}
     for planned in plan.stages:

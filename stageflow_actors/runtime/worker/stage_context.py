@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Protocol, Self
 
-from stageflow_actors.core.codec import ContextCodec, decode_value, encode_value
+from stageflow_actors.core.codec import ContextCodec, encode_value
 from stageflow_actors.core.envelope import Envelope, decode_trail
 from stageflow_actors.core.failures import exception_of, read_failure
-from stageflow_actors.core.value_codec import UNTYPED, UndecodableData, ValueCodec, result_codec
+from stageflow_actors.core.value_codec import UNTYPED, UndecodableData, ValueCodec, decode_payload, result_codec
 from stageflow_actors.definition.type_hints import return_type
 from stageflow_actors.errors import PayloadTooLarge, StageError
 from stageflow_actors.runtime.worker.awaitables import finish, is_awaitable
@@ -350,10 +350,13 @@ class StageContext:
     def payload(self) -> Any:
         """The reply that the previous stage's request brought, or None.
 
+        It is of the type that the return annotation of the endpoint names, if the endpoint was added to the runtime
+        before the workflow was started or registered; else an object is the dict of its fields.
+
         Delays, branches and skipped stages pass it through to the stage behind them, and each branch of a parallel
         stage receives it. Items of a map, and a stage behind a signal, do not: see `request`.
         """
-        return None if self.item is not None else decode_value(self._envelope.payload)
+        return None if self.item is not None else decode_payload(self._codec, self._envelope.payload)
 
     def request(self, endpoint: str, command: Any, *, timeout: float | None = None) -> Request:
         """Return a request to an endpoint, for the handler to return as its result.

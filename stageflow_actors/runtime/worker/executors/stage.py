@@ -28,7 +28,13 @@ from stageflow_actors.core.failures import UNCERTAIN_MARK, UNDECIDED, is_uncerta
 from stageflow_actors.core.gather_results import RequestState, decode_request
 from stageflow_actors.core.plan import FINISHED, WorkflowPlan
 from stageflow_actors.core.routing import OpenGather, Publish, Transition, missing_dependencies, passes_payload
-from stageflow_actors.core.value_codec import UndecodableData, ValueCodec, encode_message, find_undecodable
+from stageflow_actors.core.value_codec import (
+    UndecodableData,
+    ValueCodec,
+    encode_message,
+    find_undecodable,
+    tag_reply,
+)
 from stageflow_actors.definition.callables import asks_for_ctx, with_ctx
 from stageflow_actors.definition.remote import RemoteCall
 from stageflow_actors.definition.stage import Replace
@@ -264,9 +270,15 @@ class StageExecutor(HandlerExecutor):
         duration: float,
         payload: Raw,
         context: bytes | None = None,
+        endpoint: str = "",
     ) -> Settlement:
-        """Complete the stage with `payload` for the next one, or as its own result if no next stage takes it."""
-        data, handed = (NIL, payload) if self._passes_payload else (payload, NIL)
+        """Complete the stage with `payload` for the next one, or as its own result if no next stage takes it.
+
+        The payload is a reply of `endpoint`, if that is not empty.
+        """
+        data, handed = payload, NIL
+        if self._passes_payload:
+            data, handed = NIL, tag_reply(self.codec, endpoint, payload)
         record = StageRecord(self.planned.id, "completed", attempt, started, duration, None, data)
         return self._complete_stage(item, envelope, record, context, payload=handed)
 
@@ -307,7 +319,13 @@ class StageExecutor(HandlerExecutor):
             if isinstance(remote, RemoteCall):
                 return self._apply_reply(item, envelope, request_state, reply.value, remote, duration)
             return self._pass_payload(
-                item, envelope, request_state.attempt, request_state.started, duration, reply.value
+                item,
+                envelope,
+                request_state.attempt,
+                request_state.started,
+                duration,
+                reply.value,
+                endpoint=request_state.endpoint,
             )
         except BaseException as error:  # noqa: BLE001 - on_reply is user code
             self._on_error(error)
