@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,16 +56,18 @@ def test_a_program_that_closes_them_after_the_start_keeps_its_cluster(
     assert garbage_below(tmp_path) == []
 
 
-def test_commands_without_standard_descriptors_write_no_message_into_a_database(
+def test_a_command_without_standard_descriptors_opens_none_of_its_files_as_one(
     run_program: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    run_program("with Runtime(flow, data_dir='data') as rt: rt.execute(flow, {'n': 1}, timeout=100)")
-    before = (tmp_path / "data" / "history.db").read_bytes()
-    command = (
-        f"{shlex.quote(sys.executable)} -c 'from stageflow_actors.cli.main import main; import sys; sys.exit(main())'"
+    """A broker that the command starts would write its warnings into that file."""
+    run_program(
+        """
+        from stageflow_actors.cli.main import main
+        status = main(["queue", "list", "--data", "missing"])
+        found = [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+        with open("report", "w") as file:
+            print(status, found, file=file)
+        """,
+        prefix=CLOSED,
     )
-    for arguments in ("instances list --data data", "instances show nobody --data data", "doctor --data data"):
-        run_program(
-            "import subprocess; subprocess.run(['sh', '-c', sys.argv[1]])", f"{command} {arguments} <&- >&- 2>&-"
-        )
-    assert (tmp_path / "data" / "history.db").read_bytes() == before
+    assert (tmp_path / "report").read_text() == f"1 {['/dev/null'] * 3}\n"
