@@ -10,6 +10,8 @@ messages expire (see `wider_plans`).
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -132,6 +134,16 @@ class Simulation:
 
     def _note(self, *words: object) -> None:
         id, word, *what = words
+        # Items of one message are undone one after the other; it may have begun before a pause.
+        handling = (
+            word in ("did", "undid")
+            and "[" not in str(what[0])
+            and self.node is not None
+            and threading.current_thread().name
+        )
+        for worker in list(self.node.workers.values()) if handling and self.node is not None else ():
+            if worker.id == handling:
+                worker.note_handler()
         self.effects.append(Effect(self.world.now, str(id), str(word), tuple(what)))
 
     def _begin(self) -> None:
@@ -144,6 +156,7 @@ class Simulation:
             self.program.die()
         if self.node is not None:
             self.node.die()
+        os.close(self.broker.pause_flags.fd)
 
     def _start_node(self) -> None:
         plans, deaths = self.compiled, self.deaths
@@ -224,6 +237,8 @@ class Simulation:
     def _happen(self, kind: Callable[[], None]) -> None:
         self._accidents -= 1
         self.world.say(f"accident: {kind.__name__}")
+        if kind not in (self._pause, self._scale):
+            self.broker.shares.disturb()
         kind()
 
     def _kill_broker_in_a_call(self) -> None:
@@ -399,6 +414,7 @@ class Simulation:
         counts["a reply was taken in"] = words["took in"]
         counts["a worker could not start"] = self.starts.failures
         counts["a message has expired"] = self.waits.expired.total()
+        counts.update(self.broker.shares.seen)
         return +counts
 
     def standing(self) -> str:

@@ -75,6 +75,8 @@ def test_the_seeds_bring_every_accident_request_expiry_and_end() -> None:
         "a reply was taken in",
         "a message has expired",
         "a worker could not start",
+        "a higher priority waits",
+        "waits beside an idle worker",
     }
     assert min(undone.values()) > 0, undone
     assert set(ends) == {"completed", "failed", "compensated", "compensation_failed", "cancelled", "parked"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from virtual_shares import Shares
 from virtual_waits import Waits
 from virtual_world import Frame, Link, World
 
@@ -22,6 +23,7 @@ from stageflow_brokers.engine import engine as engine_module
 from stageflow_brokers.engine.engine import Engine, replay_batch
 from stageflow_brokers.errors import JournalFailed
 from stageflow_brokers.journal.format import Batch
+from stageflow_brokers.pause_flags import PauseFlags
 from stageflow_brokers.testing.simulated_disk import Crash, SimulatedDisk
 
 JOURNAL = Path("/journal")
@@ -86,7 +88,9 @@ class VirtualBroker:
         self.crimes = crimes
         self.starts = 0
         self.disorder = disorder
-        self.paused: dict[str, int] = {}
+        self.shares = Shares(world, crimes)
+        self.paused = self.shares.paused
+        self.pause_flags = PauseFlags.create()
         self._left = -1
         self._segment_bytes = segment_bytes
         self._inbox: list[Frame] = []
@@ -107,12 +111,14 @@ class VirtualBroker:
                 files=self.files,
                 monotonic=lambda: world.now,
                 wall=lambda: world.wall,
+                pause_flags=self.pause_flags,
             )
         except (Crash, JournalFailed) as error:
             self._died(f"while it started: {error!r}")
             return
         self._keep_account(self.engine)
         world.say("broker started")
+        self.shares.disturb()
         for client in list(self.clients.values()):
             client.reconnect(0.05)
         self._wake(0.0)
@@ -158,6 +164,7 @@ class VirtualBroker:
 
     def _died(self, why: str) -> None:
         self.world.say(f"broker died: {why}")
+        self.shares.disturb()
         self._end()
         self.files.kill()
         life = self._life
@@ -197,6 +204,7 @@ class VirtualBroker:
         if engine.machine.state.closed_sequence != self._left:
             self._left = engine.machine.state.closed_sequence
             self.crimes.extend(leftovers(engine.machine.state))
+        self.shares.after_round(engine.machine)
         for peer, header, blob in outgoing:
             client = self.clients.get(peer)
             if client is None or (client.link.broken and self.world.random.random() < 0.5):

@@ -89,6 +89,7 @@ class _PausingSlot(Slot):
         """As a slot, and time passes."""
         super().begin(message_id, timeout_ns, int(self.worker.world.now * 1e9))
         self.worker.at, self.worker.busy = message_id, True
+        self.worker.note_begin()
         self.worker.suffer()
         self.worker.work_a_while()
 
@@ -106,14 +107,16 @@ class _PausingSlot(Slot):
 class _WatchedMailbox(Mailbox):
     """A mailbox; the books of deaths and of waits are shown what comes into it."""
 
-    def __init__(self, queue: str, node: VirtualNode) -> None:
-        super().__init__(queue)
+    def __init__(self, queue: str, node: VirtualNode, paused: Sequence[int]) -> None:
+        super().__init__(queue, paused)
+        self.priority_of: dict[int, int] = {}
         self.group_of: dict[int, str] = {}
         self._node = node
 
     def on_deliveries(self, queue: str, items: list[DeliveryItem], bodies: list[bytes]) -> None:
         """As a mailbox."""
         self.group_of.update((item.id, item.group) for item in items)
+        self.priority_of.update((item.id, item.extra.priority if item.extra is not None else 0) for item in items)
         self._node.deaths.delivered(items)
         self._node.broker.given(queue, items)
         waits, client = self._node.broker.accounts.waits, self.broker
@@ -172,7 +175,7 @@ class VirtualWorker:
         table = node.pool_context.slots
         pausing = _PausingSlot(table[slot]._cells, table, slot)
         pausing.worker = self
-        self.mailbox = _WatchedMailbox(given.queue, node)
+        self.mailbox = _WatchedMailbox(given.queue, node, node.broker.pause_flags.flag(given.pause_flag))
         work = make_executor(given, pausing, self.mailbox, asyncio.Runner())
         self.actor: Any = worker_module._actor_for(work, given.lanes)(work, self.mailbox, given, pausing)
         self.mailbox.actor = self.actor
@@ -196,6 +199,7 @@ class VirtualWorker:
         if self.dead:
             return
         self.dead = True
+        self._node.broker.shares.disturb()
         if status < 0 and self.at and not self.sentenced and not self._node.dead:
             self._node.deaths.died(self.client.peer, self.at, self.mailbox.group_of[self.at], busy=self.busy)
         self.client.close()
@@ -203,6 +207,16 @@ class VirtualWorker:
         self._back.acquire()
         self._thread.join()
         self._node.lost(self, status)
+
+    def note_begin(self) -> None:
+        """It begins a message; what it does once more for the same one is no beginning."""
+        mailbox, id = self.mailbox, self.at
+        if id in mailbox.priority_of:
+            self._node.broker.shares.begins(self.queue, id, mailbox.priority_of.pop(id))
+
+    def note_handler(self) -> None:
+        """Its user code runs."""
+        self._node.broker.shares.handles(self.queue, self.at)
 
     def suffer(self) -> None:
         """What it has begun may be its end, if not at once."""
@@ -338,6 +352,7 @@ class VirtualNode:
             max_message_bytes=LIMIT,
             log_level="ERROR",
             notify=self.notices.append,
+            pauses=broker.pause_flags,
         )
         writer: Any = history
         self.coordinator = Coordinator(self.client, writer, NAMING, plans, None, _fail)

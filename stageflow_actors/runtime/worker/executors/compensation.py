@@ -35,6 +35,7 @@ from stageflow_actors.runtime.ipc.pool_spec import CompensationCode
 from stageflow_actors.runtime.messaging.settlements import (
     Settlement,
     completed_steps,
+    decline,
     park_undecodable,
     park_unknown_version,
     park_unreadable,
@@ -82,6 +83,7 @@ class CompensationExecutor:
 
     def __init__(self, program: CompensationCode, plan: WorkflowPlan, environment: ExecutorEnvironment) -> None:
         self.plan = plan
+        self._paused = environment.paused
         self.naming = environment.naming
         self.codec: ContextCodec[Any] = ContextCodec(program.context, program.result_types)
         self._context_type = program.context
@@ -146,6 +148,8 @@ class CompensationExecutor:
     def _run(self, item: DeliveryItem, envelope: Envelope, stage_id: str) -> Settlement:
         extra = item.extra
         attempt = 1 if extra is None else extra.attempts + 1
+        if self._paused[0]:
+            return decline(item)
         if (undo := _completed_items(envelope, stage_id)) is not None:
             return self._compensate_items(item, envelope, stage_id, undo)
         if extra is not None and extra.fresh:

@@ -21,7 +21,7 @@ from stageflow_actors.core.plan import WorkflowPlan
 from stageflow_actors.core.routing import GatherArrival, Transition
 from stageflow_actors.core.value_codec import ValueCodec, find_undecodable
 from stageflow_actors.runtime.ipc.pool_spec import StageCode
-from stageflow_actors.runtime.messaging.settlements import Result, Settlement
+from stageflow_actors.runtime.messaging.settlements import Result, Settlement, decline
 from stageflow_actors.runtime.worker.current_attempt import enter_attempt
 from stageflow_actors.runtime.worker.executors.base import ExecutorEnvironment, lost_attempt_failure, policy_error
 from stageflow_actors.runtime.worker.executors.handler import HandlerExecutor
@@ -57,9 +57,10 @@ class EndpointExecutor(HandlerExecutor):
         enter_attempt((command.workflow_id, item.group, self.planned.id, attempt))
         try:
             ctx = self._stage_context(item, self._as_envelope(command), attempt) if self._wants_ctx else None
-            value = self._resolve_call(
-                self._call(self._command.decode_stored(command.command, what="the command"), ctx)
-            )
+            value = self._command.decode_stored(command.command, what="the command")
+            if self._paused[0]:
+                return decline(item)
+            value = self._resolve_call(self._call(value, ctx))
         except BaseException as error:  # noqa: BLE001 - the handler is user code
             return self._handler_failed(item, command, attempt, 0.0, 0.0, error)
         return self._after_call(item, command, attempt, 0.0, 0.0, None, value)
