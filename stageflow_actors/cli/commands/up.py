@@ -22,10 +22,11 @@ __all__ = ["up"]
 @runtime_data_option
 @log_options
 def up(target: str, data: Path | None, log_level: str | None, log_format: str | None) -> int:
-    """Serve workflows until SIGTERM, Ctrl-C or the end of the terminal.
+    """Serve workflows until SIGTERM or Ctrl-C.
 
     MODULE is an importable module or a path to a .py file. RUNTIME in it is a Runtime, or a Workflow to serve with the
-    defaults. The command prints a line on stderr when the cluster is ready. A stop waits for the stages in work; a
+    defaults. The command prints a line on stderr when the cluster is ready. SIGTERM, Ctrl-C and the end of the terminal
+    stop it. A stop waits for the stages in work; a
     second Ctrl-C kills them. Unfinished instances resume at the next start.
 
     \b
