@@ -98,7 +98,7 @@ def test_a_call_after_the_end_of_the_block_says_so_and_one_before_its_start_too(
         Runtime(orders, data_dir=tmp_path / "data").submit(orders, {})
     with Runtime(orders, data_dir=tmp_path / "data") as runtime:
         pass
-    with pytest.raises(BrokerUnavailable, match="has been stopped: call it inside the `with` block"):
+    with pytest.raises(BrokerUnavailable, match="has been stopped: make the call inside the `with` block"):
         runtime.submit(orders, {})
 
 

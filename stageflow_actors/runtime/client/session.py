@@ -70,8 +70,8 @@ MAX_LOOKUPS = 50
 """How often a start searches the history again because instances have left the broker since the last search."""
 
 RUNTIME_STOPPED = (
-    "this runtime has been stopped: call it inside the `with` block; unfinished instances resume when a runtime is "
-    "started on its data directory again"
+    "this runtime has been stopped: make the call inside the `with` block, or start() it again; unfinished instances "
+    "resume when a runtime is started on its data directory"
 )
 
 NOT_RUNNING = "this runtime is not running: call start(), or use it in a `with` block"
