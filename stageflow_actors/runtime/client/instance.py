@@ -204,7 +204,7 @@ class Instance(Generic[C]):
         return cancel(self._completion.session, self._completion, reason)
 
     def retry(self, context: C | None = None) -> Instance[C]:
-        """Run the instance again from its failed stage, or run its failed compensations again.
+        """Run the failed stage, or the failed compensations, again.
 
         For an instance that is parked, or that failed with nothing compensated: from the failed stage. For one that
         ended `compensation_failed`: the compensations that failed, in their order; those that succeeded do not run

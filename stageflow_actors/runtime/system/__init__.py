@@ -2,7 +2,8 @@
 
 ===================  =================================================================
 `processes`          kills processes, waits for their exit, describes it
-`data_dir`           the data directory: its files, its lock, and the private socket directory
+`data_dir`           the data directory: its files, its lock, its cluster record
+`socket_dir`         the private directory of the broker's socket
 `interpreter_flags`  the program's `-O`, `-W`, `-X` … for child processes
 `interpreter`        the interpreter of child processes, also for an embedded program
 `surroundings`       surroundings that are refused: no /proc, patched threads

@@ -4,6 +4,7 @@
 `main`                 the process: loads the code, connects, runs the actor
 `actor`                `StageActor`: handles messages one by one
 `concurrent_actors`    actors that handle several messages at once
+`prefetch`             how many messages a worker asks for, by the time that they take
 `mailbox`              passes batches from the connection to the actor
 `output`               the standard streams and the logging of the worker
 `current_attempt`      the attempt in work, for the attributes of log records
