@@ -60,7 +60,9 @@ def runtime(tmp_path: Path) -> Iterator[Runtime]:
 @pytest.mark.parametrize(
     ("function", "error"), [(fails, "ModuleNotFoundError: No module named 'no_such_module' "), (exits, "SystemExit: ")]
 )
-def test_start_raises_what_ends_the_load_and_leaves_nothing(function: Any, error: str, tmp_path: Path) -> None:
+def test_start_raises_what_ends_the_load_and_leaves_nothing(
+    function: Any, error: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     bad = (
         Workflow("flow").add_stage(lambda context: 1, id="good").add_stage(handler_with(WhenLoaded(function)), id="bad")
     )
@@ -71,6 +73,7 @@ def test_start_raises_what_ends_the_load_and_leaves_nothing(function: Any, error
         f"stage 'bad' of workflow 'flow': its code cannot be loaded in a worker: {error}"
     )
     assert "test_code_loading.py, line" in str(raised.value)
+    assert "cannot start" not in caplog.text + capfd.readouterr().err  # what is raised is not logged too
     with Runtime(Workflow("flow").add_stage(lambda context: 1, id="good"), data_dir=tmp_path) as runtime:
         assert runtime.execute("flow", {}, timeout=20).success
 

@@ -72,12 +72,18 @@ class LoadWatch:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._waits: list[_Wait] = []
+        self._unloadable: set[str] = set()
         self._lock = threading.Lock()
 
     @property
     def is_waiting(self) -> bool:
         """True if a call of the program waits."""
         return bool(self._waits)
+
+    def raises_for(self, queue: str) -> bool:
+        """Return True if a call of the program raises, or has raised, because the code of this pool is unloadable."""
+        with self._lock:
+            return queue in self._unloadable or any(queue in wait.specs for wait in self._waits)
 
     def begin(self, number: int, specs: Sequence[PoolSpec], now: float) -> None:
         """Begin to wait for a worker of each of these pools."""
@@ -101,6 +107,7 @@ class LoadWatch:
             for wait in list(self._waits):
                 for queue in list(wait.specs):
                     self._check_queue(wait, queue, lanes.get(queue), now)
+                self._unloadable.update(wait.failed)
                 if wait.failed or not wait.specs:
                     reports.append(LoadReport(wait.number, wait.error, wait.failed))
                 elif now >= wait.deadline:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from stageflow_actors.core.failures import last_lines
 from stageflow_actors.runtime.ipc.pool_spec import PoolSpec
+from stageflow_actors.runtime.ipc.slots import UNLOADABLE
 from stageflow_actors.runtime.ipc.start_report import StartReport, read_dump, read_report
 from stageflow_actors.runtime.node.pool_context import PoolContext
 from stageflow_actors.runtime.node.start_back_off import MAX_DELAY_SECONDS, StartBackOff
@@ -75,7 +76,9 @@ class PoolStarts:
         self._cause = cause
         self._next_start_at = time.time() + max(0.0, self._back_off.not_before - now)
         missing = max(1, target - sum(worker.lanes[0].is_ready for worker in workers))
-        self._context.causes.record(self._spec, cause, missing, self._back_off.not_before)
+        is_raised = failed is not None and failed.lanes[0].load_state()[0] == UNLOADABLE
+        is_raised = is_raised and self._context.load_watch.raises_for(self._spec.queue)
+        self._context.causes.record(self._spec, cause, missing, self._back_off.not_before, warn=not is_raised)
         self._report(workers, now)
 
     def allow_now(self) -> None:

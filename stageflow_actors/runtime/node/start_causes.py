@@ -119,8 +119,11 @@ class StartCauses:
 
     # what the user reads
 
-    def record(self, spec: PoolSpec, cause: StartCause, missing: int, next_start: float) -> None:
-        """Record a failed start of a pool that lacks `missing` workers; warn of a cause that is not known yet."""
+    def record(self, spec: PoolSpec, cause: StartCause, missing: int, next_start: float, *, warn: bool = True) -> None:
+        """Record a failed start of a pool that lacks `missing` workers; warn of a cause that is not known yet.
+
+        Without `warn` the program learns the cause in another way: `start()` raises it.
+        """
         queue = spec.queue
         now = time.monotonic()
         with self._lock:
@@ -140,7 +143,7 @@ class StartCauses:
             known.pools[queue] = (missing, next_start)
             known.ended_at = now
             text = known.count
-        if is_new:
+        if is_new and warn:
             _warn(spec, cause)
         else:
             logger.debug("%s cannot start: %s", text, cause.error)
