@@ -92,7 +92,7 @@ def test_a_join_of_items_that_kills_its_workers_has_the_items_that_are_done_undo
     assert (result.status, result.failed_stage, result.error) == ("compensated", "all", DIED.format("all"))
     assert noted(result.instance_id, "put back") == [("3", "30"), ("1", "10")]
     assert undone(result.instance_id) == ["first"]
-    assert statuses(result) == {"first": "compensated", "all": "failed"}
+    assert statuses(result) == {"first": "compensated", "all": "failed", "after": "pending"}
 
 
 def test_an_optional_map_whose_join_kills_its_workers_is_recorded_and_the_workflow_goes_on(runtime: Runtime) -> None:

@@ -214,7 +214,12 @@ def test_memory_over_reports_sizes_and_skips_processes_that_have_exited() -> Non
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [(0, "integer from 1"), (1.5e9, "integer from 1"), ("1G", "integer from 1"), (512, "max_memory=512_000_000")],
+    [
+        (0, "integer from 1"),
+        (1.5e9, "a number of bytes such as 2_000_000_000"),
+        ("1G", "a number of bytes"),
+        (512, "max_memory=512_000_000"),
+    ],
 )
 def test_a_limit_that_is_no_number_of_bytes_is_refused(given: Any, words: str) -> None:
     with pytest.raises(WorkflowDefinitionError, match=f"max_memory of stage 'tell-who'.*{words}"):
