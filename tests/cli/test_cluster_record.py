@@ -14,7 +14,9 @@ from programs import Stageflow
 @pytest.mark.parametrize(
     "arguments", [("instances", "list"), ("queue", "pause", "stageflow.orders.stage0"), ("instances", "cancel", "i1")]
 )
-def test_a_socket_in_a_deep_directory_that_is_missing_is_one_line(stageflow: Stageflow, filled: Any, arguments: tuple[str, ...]) -> None:
+def test_a_socket_in_a_deep_directory_that_is_missing_is_one_line(
+    stageflow: Stageflow, filled: Any, arguments: tuple[str, ...]
+) -> None:
     filled.start("i1", {})
     data: Path = filled.close()
     deep = data / ("d" * 120)
