@@ -106,6 +106,10 @@ class WorkerHandle:
         self.report_due_since = 0
         self.died_before_zygote = False
 
+    def __del__(self) -> None:
+        # A pool that ends without its workers, as in a simulated node, has nobody who closes it.
+        self.close_report()
+
     def close_report(self) -> None:
         """Close the file of `report_fd`. Idempotent."""
         if self.report_fd >= 0:
