@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         "steps-weigh-nothing",
-        "what messages keep of their steps is not thought of when space is given back",
+        "the steps that messages hold are not counted when space is released",
         (
             (
                 "brokers/stageflow_brokers/engine/compaction.py",

@@ -166,7 +166,7 @@ MUTANTS = (
     ),
     Mutant(
         "failing-not-reported",
-        "the broker is not told of a pool whose workers cannot start, so that nobody can ask why something waits",
+        "a pool whose workers cannot start is not reported to the broker, so the reason of a wait cannot be read",
         (
             (
                 "stageflow_actors/runtime/node/start_causes.py",

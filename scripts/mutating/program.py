@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "damage-ends-the-input",
-        "an input that is damaged ends there, and nobody hears of it",
+        "an input that is damaged ends there without a report",
         (
             (
                 "stageflow_actors/cli/input_file.py",

@@ -41,9 +41,8 @@ class ListeningSocket:
                 return
         self._bind(address)  # names the problem of the preferred place
 
-    def check(self) -> None:
-        """Make the place of the socket again if its file has vanished; look at most once a second."""
-        now = time.monotonic()
+    def check(self, now: float) -> None:
+        """Make the place of the socket again if its file has vanished; look at most once a second of `now`."""
         if now < self._check_due:
             return
         self._check_due = now + CHECK_INTERVAL_SECONDS

@@ -97,8 +97,9 @@ class Server:
             self._send(engine.round(frames, more=self._more))
             if frames:
                 failpoint("broker.dispatched")
-            self._listening.check()
-            if (now := time.monotonic()) >= self._probe_due:
+            now = time.monotonic()
+            self._listening.check(now)
+            if now >= self._probe_due:
                 self._probe_due = now + PROBE_INTERVAL_SECONDS
                 engine.machine.probe_peers()
                 for peer in self._disconnected:

@@ -22,7 +22,7 @@ BOM = b"\xef\xbb\xbf"
 _READ = "stageflow run reads JSON lines, a JSON array, CSV and TSV with a header, each also as .gz"
 
 _LONGEST_MARK = 8
-"""Bytes without which a kind of file may not be told from another."""
+"""The least number of bytes from which the kind of a file can be recognised."""
 
 _ROWS_TO_COMPARE = 20
 """Rows of the head that decide on the delimiter."""

@@ -1,6 +1,6 @@
 """One ERROR per failed instance and per dead letter, without a traceback: those of the attempts are logged before.
 
-This module only logs: it decides nothing and asks nobody.
+This module only logs: it makes no decision and calls no other part.
 """
 
 from __future__ import annotations

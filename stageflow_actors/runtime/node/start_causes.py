@@ -39,7 +39,7 @@ class StartCause(Struct, frozen=True):
     """Why a worker cannot start.
 
     - `reason`: one line, as in `service 'bank' cannot be made: ConnectionError: no route`
-    - `error`: the part of it by which causes are told apart
+    - `error`: the part of it that identifies a cause
     - `details`: the traceback, or the last lines that the worker wrote
     """
 

@@ -107,7 +107,7 @@ class WorkerHandle:
         self.died_before_zygote = False
 
     def __del__(self) -> None:
-        # A pool that ends without its workers, as in a simulated node, has nobody who closes it.
+        # A pool that ends without its workers, as in a simulated node, does not close it.
         self.close_report()
 
     def close_report(self) -> None:
