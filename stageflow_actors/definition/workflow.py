@@ -898,7 +898,7 @@ class Workflow(Generic[C]):
                 meant = closest(name, provided)
                 raise WorkflowDefinitionError(
                     f"{what} of workflow {self.id!r} needs the service {name!r} ({place}), which is not provided"
-                    + (f" (did you mean {meant!r}?): " if meant else ": ")
+                    + (f" (did you mean {meant!r}?): rename the one to the other, or " if meant else ": ")
                     + f"add services={{{name!r}: factory}} to the Runtime, or give the parameter a default"
                 )
 

@@ -189,12 +189,11 @@ def requeue(
     _check_choice(letters, filters, everything)
     if dry_run:
         return _show("requeue", letters, filters, data)
+    found: list[FoundLetter] = []
     if not letters and filters.selects:
         check_may_ask("requeue", yes)
-        with attach(data) as attached:
-            found = find_letters(attached, filters)
+        found = _select(filters, data, "requeue")
         if not found:
-            click.echo("no dead letter to requeue", err=True)
             return 0
         confirm("requeue", describe_letters(found), yes)
     done = refused = 0
@@ -250,10 +249,8 @@ def purge(
     found: list[FoundLetter] = []
     if filters.selects and not letters:
         check_may_ask("delete the dead letters", yes)
-        with attach(data) as attached:
-            found = find_letters(attached, filters)
+        found = _select(filters, data, "delete")
         if not found:
-            click.echo("no dead letter to delete", err=True)
             return 0
         confirm("delete", f"{describe_letters(found)} and the instances parked with them", yes)
     else:
@@ -269,6 +266,17 @@ def purge(
                 gone += len(answer["instances"])
     click.echo(f"{pluralize(done, 'dead letter')} deleted, {pluralize(gone, 'instance')} with them", err=True)
     return 0
+
+
+def _select(filters: LetterFilter, data: Path, verb: str) -> list[FoundLetter]:
+    """Return the dead letters that the filters select; print a line if there is none."""
+    from stageflow_actors.runtime.client.attach import attach
+
+    with attach(data) as attached:
+        found = find_letters(attached, filters)
+    if not found:
+        click.echo(f"no dead letter to {verb}", err=True)
+    return found
 
 
 def _check_choice(letters: tuple[str, ...], filters: LetterFilter, everything: bool) -> None:

@@ -81,7 +81,8 @@ def check_workflow_id(workflow: object) -> None:
     """Raise `StageFlowError` for a first argument that is neither a workflow nor the id of one."""
     if not isinstance(workflow, str):
         raise StageFlowError(
-            f"the first argument is the workflow or its id, and the context comes behind it: not {workflow!r:.120}"
+            f"the first argument is the workflow or its id, and the context comes behind it: not {workflow!r:.120}; "
+            "write submit(workflow, context), and execute() and map() likewise"
         )
 
 
