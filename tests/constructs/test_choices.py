@@ -167,7 +167,8 @@ def test_an_unknown_key_fails_the_instance_with_the_key_named(execute: Any, key:
     result = execute(shipping, {"to": key})
     assert (result.status, result.failed_stage) == ("compensated", "route")
     assert result.error == (
-        f"StageError: branch 'route' has no arm {key!r} and no default: its arms are 'abroad', 'home', 'nowhere'"
+        f"StageError: branch 'route' has no arm {key!r} and no default: its arms are 'abroad', 'home', 'nowhere'; "
+        "add that arm, or a default"
     )
     assert undone(result.instance_id) == ["pack"]
     assert statuses(result) == {

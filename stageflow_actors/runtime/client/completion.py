@@ -174,7 +174,10 @@ class Completion:
                     self.session.waiters.remove(self.instance_id, self)
                 reason = self._wait_reason()
                 said = "" if reason is None else f" (waiting for: {reason.text})"
-                raise TimeoutError(f"instance {self.instance_id!r} had not ended after {timeout:g} s; it goes on{said}")
+                raise TimeoutError(
+                    f"instance {self.instance_id!r} had not ended after {timeout:g} s; it goes on{said}: wait "
+                    f"longer, or ask for its result later, by instance({self.instance_id!r}).result()"
+                )
             self.session.check_alive()
             if time.monotonic() >= note_at:
                 note_at = float("inf") if self.note_wait() else time.monotonic() + NOTE_SECONDS

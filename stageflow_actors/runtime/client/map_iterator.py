@@ -451,8 +451,11 @@ def _key_function(key: Callable[[Any], Any] | str | None) -> Callable[[Any], Any
         try:
             return context[name] if isinstance(context, dict) else getattr(context, name)
         except (KeyError, AttributeError):
+            has = ", ".join(map(repr, context)) if isinstance(context, dict) else type(context).__qualname__
             raise InvalidContext(
-                f"context.{name} is missing: key={name!r} takes the instance's id from it", field=name
+                f"context.{name} is missing: key={name!r} takes the instance's id from it; the context is of "
+                f"{has or 'no fields'}: name another field, or give a function",
+                field=name,
             ) from None
 
     return field

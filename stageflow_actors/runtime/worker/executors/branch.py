@@ -44,7 +44,7 @@ class BranchExecutor(Executor):
             if chosen is None:
                 raise StageError(
                     f"branch {self.planned.id!r} has no arm {key!r} and no default: its arms are "
-                    f"{', '.join(map(repr, self.planned.arms))}"
+                    f"{', '.join(map(repr, self.planned.arms))}; add that arm, or a default"
                 )
             took = self._wall() - started
             record = StageRecord(
