@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[[Runtime], Any], type[Exception], str]] = {
     "a key that the contexts do not have": (
         lambda runtime: list(runtime.map(orders, [{"id": 1}], key="order_id")),
         InvalidContext,
-        "context.order_id is missing: key='order_id' takes the instance's id from it; the context is of 'id': name another",
+        "context.order_id is missing: key='order_id' takes the instance's id from it; the context is of 'id'",
     ),
     "a stage in place of its queue": (
         lambda runtime: runtime.pause("charge"),
