@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -161,6 +160,7 @@ def described(
 def unknown_workflow(attached: Attached, workflow: str) -> str | None:
     """Return an error if no instance is of this workflow and the cluster has not registered it, else None."""
     from stageflow_actors.core.description import version_of
+    from stageflow_actors.definition.guesses import closest
 
     known = attached.registered_workflows()
     groups = attached.wait(attached.admin.list_groups("", SEARCHED), timeout=30.0)
@@ -169,8 +169,8 @@ def unknown_workflow(attached: Attached, workflow: str) -> str | None:
         known |= attached.history.workflows()
     if workflow in known:
         return None
-    meant = difflib.get_close_matches(workflow, known, 1)
-    hint = f" (did you mean {meant[0]!r}?)" if meant else ""
+    meant = closest(workflow, known)
+    hint = f" (did you mean {meant!r}?)" if meant else ""
     return f"no instance is of workflow {workflow!r}{hint}: the instances are of {', '.join(sorted(known)) or 'none'}"
 
 

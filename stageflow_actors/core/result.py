@@ -5,7 +5,6 @@ A result is made for each finished instance, and often only counted. So nothing 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +28,7 @@ from stageflow_actors.core.plan import ITEM_SUFFIX
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
 from stageflow_actors.core.tracebacks.table import compensation_place, read_tracebacks
 from stageflow_actors.core.value_codec import decode_result
+from stageflow_actors.definition.guesses import closest
 from stageflow_actors.errors import WorkflowFailed
 
 __all__ = [
@@ -233,8 +233,8 @@ class WorkflowResult(Generic[C]):
             if stage.stage_id == stage_id:
                 return stage
         ids = [stage.stage_id for stage in self.stages]
-        meant = difflib.get_close_matches(str(stage_id), ids, 1)
-        hint = f"did you mean {meant[0]!r}?" if meant else f"its stages are {', '.join(map(repr, ids)) or 'none'}"
+        meant = closest(str(stage_id), ids)
+        hint = f"did you mean {meant!r}?" if meant else f"its stages are {', '.join(map(repr, ids)) or 'none'}"
         raise KeyError(f"workflow {self.workflow_id!r} has no stage {stage_id!r}: {hint}")
 
     def raise_for_status(self) -> None:

@@ -22,6 +22,7 @@ from stageflow_actors.history import errors as history_errors
 from stageflow_actors.runtime.client.output import ProgramOutput
 from stageflow_actors.runtime.ipc.control_channel import Channel, NodeConfig, Register, Report, Scale, Stop
 from stageflow_actors.runtime.ipc.stop_notes import StopNotes, describe_unresponsive
+from stageflow_actors.runtime.system import data_dir
 from stageflow_actors.runtime.system.data_dir import DataDir, DataDirUnusable
 from stageflow_actors.runtime.system.interpreter import python_interpreter
 from stageflow_actors.runtime.system.interpreter_flags import service_flags
@@ -449,14 +450,13 @@ def _error_of(report: Report | None) -> StageFlowError:
     """Return the error that the node has reported, of the same type as in the node if that is public."""
     if report is None:
         return BrokerUnavailable("the node process ended while it was starting; see stderr for the reason")
-    error_type = getattr(errors, report.kind, None) or getattr(history_errors, report.kind, None)
+    known = (getattr(module, report.kind, None) for module in (errors, history_errors, data_dir))
+    error_type = next(filter(None, known), None)
     if error_type is errors.JournalCorrupt:
         file = report.fields.get("file")
         return errors.JournalCorrupt(
             report.text, file=None if file is None else os.fsdecode(file), offset=report.fields.get("offset")
         )
-    if report.kind == DataDirUnusable.__name__:
-        error_type = DataDirUnusable
     if error_type is not None and isinstance(error_type, type) and issubclass(error_type, StageFlowError):
         error = error_type.__new__(error_type, report.text)  # without `__init__`, which takes other arguments
         error.args = (report.text,)
