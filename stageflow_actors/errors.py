@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = [
@@ -175,12 +176,14 @@ class InstanceNotFound(StageFlowError):
     Args:
         instance_id: The id.
         message: Another text than the default.
+        data_dir: The data directory that was searched, for the default text.
     """
 
-    def __init__(self, instance_id: str, message: str | None = None) -> None:
+    def __init__(self, instance_id: str, message: str | None = None, *, data_dir: str | Path | None = None) -> None:
+        place = "here" if data_dir is None else f"in {data_dir}"
         super().__init__(
             message
-            or f"no instance {instance_id!r} is known here: check the id and the data directory "
+            or f"no instance {instance_id!r} is known {place}: check the id and the data directory "
             "(a finished instance is forgotten after `history_retention`)"
         )
         self.instance_id = instance_id

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from cluster_fixtures import Serve, serve
 
-from stageflow_actors import BrokerUnavailable, InvalidContext, JournalLocked, Runtime, StageFlowError, Workflow
+from stageflow_actors import (
+    BrokerUnavailable,
+    InstanceNotFound,
+    InvalidContext,
+    JournalLocked,
+    Runtime,
+    StageFlowError,
+    Workflow,
+)
 
 __all__ = ["serve"]
 
@@ -68,6 +76,11 @@ CALLS: dict[str, tuple[Callable[[Runtime], Any], type[Exception], str]] = {
         lambda runtime: runtime.scale(orders, "chrage", 2),
         StageFlowError,
         "workflow 'orders' has no stage 'chrage' (did you mean 'charge'?): its stages with workers are charge",
+    ),
+    "an id that no instance has": (
+        lambda runtime: runtime.instance("ORDER-1"),
+        InstanceNotFound,
+        "data: check the id and the data directory (a finished instance is forgotten after `history_retention`)",
     ),
     "a second runtime of the program": (
         lambda runtime: Runtime(orders, data_dir=runtime.data_dir).start(),

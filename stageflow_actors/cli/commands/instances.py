@@ -245,7 +245,7 @@ def _describe(attached: Attached, instance_id: str) -> tuple[InstanceDescription
     # Asked after the broker: an instance is in the history before the broker forgets it.
     row = None if attached.history is None else attached.history.get(instance_id)
     if row is None:
-        raise InstanceNotFound(instance_id)
+        raise InstanceNotFound(instance_id, data_dir=attached.data_dir.path)
     return describe_finished(instance_id, row.epoch, row.outcome, layout_of), None
 
 

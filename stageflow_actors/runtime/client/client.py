@@ -28,7 +28,6 @@ from stageflow_actors.definition.stage import MAX_ACTORS
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
-    InstanceNotFound,
     InvalidContext,
     StageFlowError,
 )
@@ -328,7 +327,7 @@ class Client:
             return Instance(Completion(session, instance_id, session.ref_of_group(group)))
         row = session.row(instance_id)
         if row is None:
-            raise InstanceNotFound(instance_id)
+            raise session.no_instance(instance_id)
         return self._finished_instance(row)
 
     def instances(

@@ -19,7 +19,7 @@ from stageflow_actors.core.failures import read_failure
 from stageflow_actors.core.plan import DLQ_PREFIX, ITEM_SUFFIX
 from stageflow_actors.core.result import WorkflowResult, parked_result, result_of_outcome
 from stageflow_actors.core.status import WorkflowStatus
-from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+from stageflow_actors.errors import InstanceParked, StageFlowError
 from stageflow_actors.runtime.client.session import Session
 from stageflow_actors.runtime.client.wait_notes import NOTE_SECONDS, REASON_SECONDS
 from stageflow_actors.runtime.client.wait_reason import WaitReason
@@ -101,7 +101,7 @@ class Completion:
         """Read the outcome of an instance that has left the broker from the history. Raises `InstanceNotFound`."""
         row = self.session.row(self.instance_id)
         if row is None:
-            raise InstanceNotFound(self.instance_id)
+            raise self.session.no_instance(self.instance_id)
         self.set_outcome(row.outcome)
         return row.outcome
 

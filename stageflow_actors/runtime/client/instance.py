@@ -23,7 +23,6 @@ from stageflow_actors.core.status import WorkflowStatus
 from stageflow_actors.core.timeline import TimelineEntry, timeline_of_group, timeline_of_outcome
 from stageflow_actors.core.value_codec import encode_message
 from stageflow_actors.definition.duration import Duration, timeout_seconds
-from stageflow_actors.errors import InstanceNotFound
 from stageflow_actors.runtime.client.completion import WAIT_SECONDS, Completion
 from stageflow_actors.runtime.client.reruns import cancel, restart, retry
 from stageflow_actors.runtime.client.session import Session, surrogate_error
@@ -352,11 +351,11 @@ def _send_signal(session: Session, instance_id: str, name: str, payload: Any) ->
     data = encode_message(payload, what=f"the payload of signal {name!r}")
     group = session.lookup([instance_id]).get(instance_id)
     if group is None or group["ended"]:
-        raise InstanceNotFound(instance_id)
+        raise session.no_instance(instance_id)
     ref = session.ref_of_group(group)
     if ref is not None:
         ref.plan.check_signal(name)
     arrival = Arrival(signal_key(name), os.urandom(8).hex(), len(data), instance_id)
     answer = session.wait_for(session.broker().publish([], [], [data], arrivals=[arrival]))
     if answer.refused:
-        raise InstanceNotFound(instance_id)
+        raise session.no_instance(instance_id)

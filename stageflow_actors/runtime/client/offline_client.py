@@ -12,7 +12,6 @@ from pathlib import Path
 
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES
 from stageflow_actors.core.status import WorkflowStatus
-from stageflow_actors.errors import InstanceNotFound
 from stageflow_actors.runtime.client.attach import Attached, attach, live_address
 from stageflow_actors.runtime.client.client import Client
 from stageflow_actors.runtime.client.remote_client import RemoteClient
@@ -44,7 +43,7 @@ class OfflineClient(Client):
         session = self._session
         group = session.lookup([instance_id]).get(instance_id)
         if group is None and session.row(instance_id) is None:
-            raise InstanceNotFound(instance_id)
+            raise session.no_instance(instance_id)
         status = self.instance(instance_id).status()
         if not status.terminal and status != WorkflowStatus.compensating:
             text = f"cancelled: {reason}" if reason else "cancelled"

@@ -27,7 +27,7 @@ from stageflow_actors.core.plan import BEGIN, CANCELLED, COORDINATOR, DLQ_PREFIX
 from stageflow_actors.core.resume_state import TOO_LARGE, resume_branches, unpack_steps
 from stageflow_actors.core.routing import CANCELLABLE_GATHER_PREFIXES, repeat_compensation
 from stageflow_actors.core.status import StageStatus, WorkflowStatus
-from stageflow_actors.errors import InstanceNotFound, InstanceParked, StageFlowError
+from stageflow_actors.errors import InstanceParked, StageFlowError
 from stageflow_actors.history.rows import HistoryRow
 from stageflow_actors.runtime.client.completion import Completion
 from stageflow_actors.runtime.client.session import MAX_LOOKUPS, Session
@@ -221,7 +221,7 @@ def _ended_row(session: Session, instance_id: str, status: WorkflowStatus) -> Hi
     # In this order: the row is written before the id leaves the broker, so a row read after that is of the last run.
     while session.lookup([instance_id]) or (row := session.row(instance_id)) is None:
         if time.monotonic() > deadline:
-            raise InstanceNotFound(instance_id)
+            raise session.no_instance(instance_id)
         time.sleep(0.01)  # it has ended, and its row is not written yet
     return row
 

@@ -23,6 +23,7 @@ from stageflow_actors.definition.result_types import result_types
 from stageflow_actors.definition.workflow import Workflow, workflow_of
 from stageflow_actors.errors import (
     BrokerUnavailable,
+    InstanceNotFound,
     StageFlowError,
 )
 from stageflow_actors.history.reader import HistoryReader
@@ -201,6 +202,10 @@ class Session:
             f"this process, {os.getpid()}, was forked from the process {parent}, and cannot use its connection to the "
             f"cluster: call Runtime.connect({directory}) in this process, and use the client that it returns"
         )
+
+    def no_instance(self, instance_id: str) -> InstanceNotFound:
+        """Return the error for an id that is neither live nor finished."""
+        return InstanceNotFound(instance_id, data_dir=None if self.history_path is None else self.history_path.parent)
 
     def check_process(self) -> None:
         """Raise `BrokerUnavailable` in a forked child of the process that opened this session."""
