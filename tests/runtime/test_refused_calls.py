@@ -80,7 +80,7 @@ CALLS: dict[str, tuple[Callable[[Runtime], Any], type[Exception], str]] = {
     "an id that no instance has": (
         lambda runtime: runtime.instance("ORDER-1"),
         InstanceNotFound,
-        "data: check the id and the data directory (a finished instance is forgotten after `history_retention`)",
+        ": check the id and the data directory (a finished instance is forgotten after `history_retention`)",
     ),
     "a second runtime of the program": (
         lambda runtime: Runtime(orders, data_dir=runtime.data_dir).start(),
@@ -97,6 +97,11 @@ def test_a_refused_call_says_what_is_wrong_and_what_to_write(cluster: Runtime, m
         call(cluster)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_an_unknown_instance_is_named_with_the_data_directory_that_was_searched(cluster: Runtime) -> None:
+    with pytest.raises(InstanceNotFound, match=rf"'ORDER-1' is known in {re.escape(str(cluster.data_dir))}: check"):
+        cluster.instance("ORDER-1")
 
 
 def test_a_policy_that_returns_no_number_is_named_in_the_error_of_its_stage(cluster: Runtime) -> None:
